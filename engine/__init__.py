@@ -1,0 +1,1 @@
+"""The model (`engine.inference`) and the edits made with it (`engine.patching`)."""
