@@ -1,0 +1,313 @@
+"""Sets PlanPatch up in this folder and runs it. Needs Python 3.10 or newer and nothing else.
+
+    python run.py demo              plan and patch a broken function with a real model, show the diff, take it back
+    python run.py test [ARGS]       checks and quick tests (10 minutes); with pytest ARGS only those tests
+    python run.py test --long       everything at full size; writes a dated summary to tests/results/
+    python run.py check             ruff, import-linter, pydoclint and pyright
+
+The first run makes a virtual environment in .venv and installs into it; later runs reuse it until pyproject.toml or
+constraints.txt change. Models for `demo` go to PLANPATCH_HOME, models for the tests to PLANPATCH_TEST_HOME
+(default .venv/test-home).
+"""
+
+from __future__ import annotations  # an error here: run.py needs Python 3.10 or newer
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "planpatch-set-up.json"
+PIP_LOG = VENV / "pip.log"
+OLDEST_PYTHON = (3, 10)
+SETUP_BYTES = 3 * 1024**3
+TEST_MODEL = "qwen2.5-coder-0.5b-instruct"
+CHECKS = {
+    "ruff format": ["-m", "ruff", "format", "--check", "."],
+    "ruff": ["-m", "ruff", "check", "."],
+    "import-linter": ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+    "pydoclint": ["-m", "pydoclint.main", "--config=pyproject.toml", "engine", "lsp_server"],
+    "pyright": ["-m", "pyright"],
+}
+
+
+def main(arguments: list[str]) -> int:  # an error here: run.py needs Python 3.10 or newer
+    """Run one command and return its exit code."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if command not in ("demo", "test", "check"):
+        print(f"run.py: unknown command {command!r}\n" if command else "run.py: no command\n", file=sys.stderr)
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        check_python()
+        set_up()
+        if command == "demo":
+            return planpatch("demo", *rest)
+        if command == "check":
+            return 0 if run_checks() else 1
+        return run_tests(rest)
+    except SetupError as error:
+        print(f"\nrun.py: {error.message}\n  {error.hint}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        print(f"\nrun.py: {error}\n  Check that {ROOT} can be written and that its disk is not full.", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("\nrun.py: interrupted. The same command starts again where that is safe.", file=sys.stderr)
+        return 130
+
+
+class SetupError(Exception):
+    """PlanPatch cannot be set up; the hint says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def check_python() -> None:
+    """Refuse a Python that is too old or lacks venv."""
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < OLDEST_PYTHON:
+        raise SetupError(
+            f"PlanPatch needs Python 3.10 or newer; this is Python {found} ({sys.executable}).",
+            "Install a newer Python and call it by its name, for example `python3.12 run.py demo`"
+            " (on Windows `py -3.12 run.py demo`).",
+        )
+    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"this Python ({found}, {sys.executable}) comes without {' and '.join(missing)}.",
+            f"On Debian and Ubuntu: `sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv`;"
+            " elsewhere install the full Python.",
+        )
+
+
+# --- the environment ---------------------------------------------------------------------------------------------------
+
+
+def set_up() -> None:
+    """Make .venv or bring it up to date; a set-up that was interrupted leaves no stamp and is done again."""
+    python = venv_python()
+    usable = python_runs(python)
+    if usable and read_stamp() == fingerprint():
+        return
+    started = time.monotonic()
+    STAMP.unlink(missing_ok=True)
+    if not usable:
+        make_venv()
+    install()
+    STAMP.write_text(json.dumps(fingerprint(), indent=1), encoding="utf-8")
+    print(f"Set up in {time.monotonic() - started:.0f} s.\n", flush=True)
+
+
+def fingerprint() -> dict[str, str]:
+    """What the environment was made from; the folder counts because an editable install points to it."""
+    digest = hashlib.sha256()
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    return {"digest": digest.hexdigest(), "folder": str(ROOT)}
+
+
+def read_stamp() -> dict[str, str] | None:
+    """The fingerprint of the last complete set-up, None if there is none."""
+    try:
+        return json.loads(STAMP.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def venv_python() -> Path:
+    """Path of the environment's Python."""
+    return VENV / "Scripts" / "python.exe" if os.name == "nt" else VENV / "bin" / "python"
+
+
+def python_runs(python: Path) -> bool:
+    """Whether `python` starts, is new enough and has pip."""
+    if not python.exists():
+        return False
+    code = f"import sys, pip; sys.exit(sys.version_info < {OLDEST_PYTHON})"
+    try:
+        return subprocess.run([str(python), "-I", "-c", code], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def make_venv() -> None:
+    """Make .venv afresh."""
+    free = shutil.disk_usage(ROOT).free
+    if free < SETUP_BYTES:
+        raise SetupError(
+            f"{ROOT} has {free / 1024**3:.1f} GB of free disk space; PlanPatch's environment needs 3 GB"
+            " (8 GB where pip installs torch with CUDA).",
+            "Free some space or clone PlanPatch to another disk.",
+        )
+    print(f"Making a virtual environment in {VENV}", flush=True)
+    command = [sys.executable, "-I", "-m", "venv", "--clear", str(VENV)]
+    result = subprocess.run(command, text=True, capture_output=True, check=False, env=child_environment())
+    if result.returncode != 0:
+        output = (result.stdout + result.stderr).strip()
+        raise SetupError(
+            f"the virtual environment {VENV} cannot be made:\n{indent(output)}",
+            "Close programs that use that folder, check that you may write there, delete it, and try again.",
+        )
+
+
+def install() -> None:
+    """Install PlanPatch and its tools into .venv, at the versions of constraints.txt."""
+    print("Installing PlanPatch and what it needs (torch is the largest part; a few minutes at most)", flush=True)
+    PIP_LOG.unlink(missing_ok=True)
+    command = [
+        *[str(venv_python()), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"],
+        *["--log", str(PIP_LOG), "--constraint", "constraints.txt", "--editable", ".[dev]"],
+    ]
+    result = subprocess.run(command, cwd=ROOT, check=False, env=child_environment())
+    if result.returncode != 0:
+        lines = last_lines(PIP_LOG)
+        raise SetupError(f"pip failed with code {result.returncode}. Its last lines:\n{indent(lines)}", pip_hint(lines))
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """The last lines of pip's log that say something."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "(pip wrote no log)"
+    # pip's log begins every line with a time stamp.
+    texts = [line.split(" ", 1)[1].rstrip() if line[:4].isdigit() and " " in line else line.rstrip() for line in lines]
+    said = [text for text in texts if text.strip() and not text.lstrip().startswith(("Remote version", "Removed "))]
+    return "\n".join(said[-count:])
+
+
+def pip_hint(lines: str) -> str:
+    """What to do about a failure of pip, told by what it said."""
+    again = "then run the same command again: what was downloaded is kept."
+    if "No space left" in lines or "not enough space" in lines:
+        return f"The disk is full: free 3 GB or more (8 GB where pip installs torch with CUDA), {again}"
+    network = ("ConnectionError", "NewConnectionError", "Temporary failure", "timed out", "ProxyError", "SSLError")
+    if any(sign in lines for sign in network):
+        return f"The package index is out of reach: check the network, pip's proxy and certificate settings, {again}"
+    if "No matching distribution" in lines or "Could not find a version" in lines:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return (
+            f"A package has no build for Python {version} on this platform, or the package index is out of reach."
+            " PlanPatch is tested with Python 3.10 to 3.13 on 64-bit Windows and Linux."
+        )
+    if "Permission" in lines or "Access is denied" in lines or "WinError 5" in lines or "WinError 32" in lines:
+        return f"A file is in use or may not be written: close editors and servers that run PlanPatch, {again}"
+    return f"The whole log is in {PIP_LOG}. Deleting .venv and running the same command starts afresh."
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This environment without what would lead Python or pip astray in .venv."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "PIP_USER": "0", "PYTHONUTF8": "1", **extra}
+
+
+def indent(text: str) -> str:
+    """`text` moved to the right."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+def planpatch(*arguments: str, **environment: str) -> int:
+    """Run the planpatch command the way its launcher does."""
+    command = [str(venv_python()), "-I", "-X", "utf8", "-m", "lsp_server", *arguments]
+    return subprocess.run(command, check=False, env=child_environment(**environment)).returncode
+
+
+def run_checks() -> bool:
+    """Run every static check, print the output of those that fail, and say whether all passed."""
+    passed = True
+    for name, arguments in CHECKS.items():
+        started = time.monotonic()
+        if name == "pyright":
+            fetch_pyright()
+        command = [str(venv_python()), "-I", "-X", "utf8", *arguments]
+        result = subprocess.run(
+            command,
+            cwd=ROOT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env=child_environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1"),
+        )
+        verdict = "ok" if result.returncode == 0 else "FAILED"
+        print(f"{name:14} {verdict:6} {time.monotonic() - started:5.1f} s", flush=True)
+        if result.returncode != 0:
+            print(indent(result.stdout.rstrip()), flush=True)
+            passed = False
+    return passed
+
+
+def fetch_pyright() -> None:
+    """Let the pyright package fetch its program, so that a failure to fetch is told apart from a type error."""
+    command = [str(venv_python()), "-I", "-m", "pyright", "--version"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        capture_output=True,
+        check=False,
+        env=child_environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1"),
+    )
+    if result.returncode != 0:
+        lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-8:])
+        raise SetupError(
+            f"pyright could not fetch or start its program, so types were not checked:\n{indent(lines)}",
+            "It is fetched from the npm registry on first use: check the network, or install Node.js 18 or newer.",
+        )
+
+
+def run_tests(arguments: list[str]) -> int:
+    """Checks, the test model, then pytest; with pytest arguments only pytest."""
+    started = time.monotonic()
+    long_run = "--long" in arguments
+    pytest_arguments = [argument for argument in arguments if argument != "--long"]
+    checked = bool(pytest_arguments) or run_checks()
+    home = Path(os.environ.get("PLANPATCH_TEST_HOME") or VENV / "test-home").resolve()
+    environment = {"PLANPATCH_TEST_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    pull_test_model(home)
+    if long_run:
+        environment["PLANPATCH_LONG"] = "1"
+        environment["PLANPATCH_RESULTS"] = str(ROOT / "tests" / "results")
+    command = [str(venv_python()), "-I", "-X", "utf8", "-m", "pytest", *pytest_arguments]
+    code = subprocess.run(command, cwd=ROOT, check=False, env=child_environment(**environment)).returncode
+    print(f"run.py test: {time.monotonic() - started:.0f} s in all", flush=True)
+    if not checked:
+        print("run.py test: a check FAILED, see above", flush=True)
+    return code if code != 0 else 0 if checked else 1
+
+
+def pull_test_model(home: Path) -> None:
+    """Have the 0.5B in the tests' own home."""
+    home.mkdir(parents=True, exist_ok=True)
+    code = planpatch("models", "pull", TEST_MODEL, PLANPATCH_HOME=str(home))
+    if code != 0:
+        raise SetupError(
+            f"the test model {TEST_MODEL} could not be pulled into {home} (exit code {code}, reason above).",
+            "Mend that and run the same command again; finished pieces are kept.",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
