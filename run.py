@@ -33,8 +33,8 @@ CHECKS = {
     "ruff format": ["-m", "ruff", "format", "--check", "."],
     "ruff": ["-m", "ruff", "check", "."],
     "import-linter": ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-    "pydoclint": ["-m", "pydoclint.main", "--config=pyproject.toml", "engine", "lsp_server"],
-    "pyright": ["-m", "pyright"],
+    "pydoclint": ["tools/check_docstrings.py", "--config=pyproject.toml", "engine", "lsp_server"],
+    "pyright": ["-m", "pyright", "--pythonpath", "{python}"],
 }
 
 
@@ -94,7 +94,7 @@ def check_python() -> None:
         )
 
 
-# --- the environment ---------------------------------------------------------------------------------------------------
+# --- the environment -----------------------------------------------------------------------------------------
 
 
 def set_up() -> None:
@@ -221,7 +221,7 @@ def indent(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-# --- commands ----------------------------------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------------------------
 
 
 def planpatch(*arguments: str, **environment: str) -> int:
@@ -237,7 +237,7 @@ def run_checks() -> bool:
         started = time.monotonic()
         if name == "pyright":
             fetch_pyright()
-        command = [str(venv_python()), "-I", "-X", "utf8", *arguments]
+        command = [argument.format(python=venv_python()) for argument in ("{python}", "-I", "-X", "utf8", *arguments)]
         result = subprocess.run(
             command,
             cwd=ROOT,

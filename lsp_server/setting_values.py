@@ -1,0 +1,174 @@
+"""Parsers of setting values: raw value from a file, variable, option or editor in, usable value out.
+
+Each raises ValueError with what was expected; `lsp_server.settings` adds where the value came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+Parser = Callable[[object], Any]
+
+_UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def text(value: object) -> str:
+    """Text on one line, white space around it cut."""
+    if isinstance(value, str) and "\n" not in value and "\0" not in value:
+        return value.strip()
+    raise ValueError("expected text on one line")
+
+
+def boolean(value: object) -> bool:
+    """true/false, yes/no, on/off, 1/0."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in {"1", "true", "yes", "on"}:
+        return True
+    if word in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("expected true or false")
+
+
+def choice(*choices: str) -> Parser:
+    """One of a few words."""
+
+    def parse(value: object) -> str:
+        word = str(value).strip().lower()
+        if word not in choices:
+            near = difflib.get_close_matches(word, choices, 1)
+            raise ValueError(f"expected one of {', '.join(choices)}{f'; did you mean {near[0]}?' if near else ''}")
+        return word
+
+    return parse
+
+
+def integer(low: int, high: int) -> Parser:
+    """A whole number in a range, both ends included."""
+
+    def parse(value: object) -> int:
+        number = _number(value)
+        if not number.is_integer() or not low <= number <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}")
+        return int(number)
+
+    return parse
+
+
+def real(low: float, high: float) -> Parser:
+    """A number in a range, both ends included."""
+
+    def parse(value: object) -> float:
+        number = _number(value)
+        if not low <= number <= high:
+            raise ValueError(f"expected a number from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _number(value: object) -> float:
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise ValueError("expected a number")
+
+
+def size_bytes(value: object) -> int:
+    """A number of bytes: 500MB, 1.5 GiB or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNIT_BYTES or isinstance(value, bool):
+        raise ValueError("expected a size such as 500MB")
+    return int(float(match[1]) * _UNIT_BYTES[match[2].lower()])
+
+
+def device(value: object) -> str:
+    """auto, cpu, cuda or cuda:N."""
+    word = str(value).strip().lower()
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", word):
+        return word
+    raise ValueError("expected auto, cpu, cuda or cuda:N")
+
+
+def dtype(value: object) -> str:
+    """A torch dtype by its long or short name, as the short one."""
+    word = str(value).strip().lower().removeprefix("torch.")
+    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    word = names.get(word, word)
+    if word in {"auto", "bf16", "fp16", "fp32"}:
+        return word
+    raise ValueError("expected auto, bfloat16, float16 or float32")
+
+
+def origins(value: object) -> tuple[str, ...]:
+    """Web origins, as a list or with commas between them."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in cast(Sequence[object], words)):
+        raise ValueError("expected a list of origins such as http://localhost:3000")
+    origins = tuple(word.strip().rstrip("/") for word in cast(Sequence[str], words) if word.strip())
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ValueError(f"{origin!r} is no origin; expected scheme://host or scheme://host:port")
+    return origins
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """An intent with a name.
+
+    Args:
+        name: What the command line and the editor call it by.
+        title: What a menu shows.
+        intent: What the model is asked to do.
+    """
+
+    name: str
+    title: str
+    intent: str
+
+
+DEFAULT_PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("docstring", "Add or mend the docstring", "Write a docstring that says what it does; change no code."),
+        Preset("type-hints", "Add type hints", "Add type hints to the parameters and the return value."),
+        Preset("error-handling", "Handle errors", "Check the arguments and handle the errors that can occur here."),
+        Preset("simplify", "Simplify", "Make the code simpler and shorter; keep what it does."),
+    )
+}
+
+
+def presets(value: object) -> dict[str, Preset]:
+    """Presets by name: a table, or the same as JSON; an entry is an intent or `{title, intent}`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"expected a JSON object of presets ({error})") from error
+    if not isinstance(value, Mapping):
+        raise ValueError('expected a table such as docstring = "Write a docstring."')
+    table = cast(Mapping[object, object], value)
+    return {str(name): _preset(str(name), entry) for name, entry in table.items()}
+
+
+def _preset(name: str, entry: object) -> Preset:
+    table = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {"intent": entry}
+    intent, title = table.get("intent"), table.get("title", name)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", name):
+        raise ValueError(f"{name!r} is no preset name; expected small letters, digits and hyphens, at most 40")
+    if not isinstance(intent, str) or not intent.strip() or len(intent) > 1000:
+        raise ValueError(f"preset {name!r}: expected an intent of 1 to 1000 characters")
+    if not isinstance(title, str) or not title.strip() or len(title) > 80:
+        raise ValueError(f"preset {name!r}: expected a title of 1 to 80 characters")
+    return Preset(name, title.strip(), intent.strip())
