@@ -5,7 +5,6 @@ Each raises ValueError with what was expected; `lsp_server.settings` adds where 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -43,8 +42,7 @@ def choice(*choices: str) -> Parser:
     def parse(value: object) -> str:
         word = str(value).strip().lower()
         if word not in choices:
-            near = difflib.get_close_matches(word, choices, 1)
-            raise ValueError(f"expected one of {', '.join(choices)}{f'; did you mean {near[0]}?' if near else ''}")
+            raise ValueError(f"expected one of {', '.join(choices)}")
         return word
 
     return parse

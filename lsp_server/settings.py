@@ -216,7 +216,7 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
     sources: dict[str, str] = {}
     for entry in entries:
         if entry.name not in _FIELDS:
-            problems.append(SettingProblem(entry.source, f"there is no such setting{_nearest(entry.name)}."))
+            problems.append(SettingProblem(entry.source, f"there is no such setting{_nearest(entry.name)}"))
             continue
         metadata = _FIELDS[entry.name].metadata
         try:
@@ -235,7 +235,7 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
 
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, SETTING_NAMES, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
