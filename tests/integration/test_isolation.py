@@ -22,7 +22,6 @@ HOSTILE_FILES = (
     "typer.py",
     "typing.py",
     "json.py",
-    "encodings.py",
     "sitecustomize.py",
     "usercustomize.py",
     "planpatch.py",
