@@ -33,7 +33,7 @@ _OVERLOAD = re.compile(r"[ \t\f]*@[ \t]*(?:\w+\.)*overload\b")
 _QUOTE_END = {quote: re.compile(r"(?:[^\\]|\\.)*?" + quote, re.DOTALL) for quote in ('"""', "'''", '"', "'")}
 
 # warnings.catch_warnings swaps process-wide state; two parses at once would leave each other's filters behind.
-_warnings_lock = threading.Lock()
+warnings_lock = threading.Lock()
 
 
 class ParseFault(ValueError):
@@ -157,7 +157,7 @@ def parse_text(text: str) -> ast.Module:
     Raises:
         ParseFault: It does not parse, or is nested too deeply for the parser.
     """
-    with _warnings_lock, warnings.catch_warnings():
+    with warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return ast.parse(text)
@@ -178,7 +178,7 @@ def compile_fault(text: str) -> ParseFault | None:
     Returns:
         The fault, or None.
     """
-    with _warnings_lock, warnings.catch_warnings():
+    with warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             compile(text, "<text>", "exec", dont_inherit=True)
