@@ -129,6 +129,19 @@ def test_home() -> Path:
     return TEST_HOME
 
 
+@pytest.fixture(scope="session")
+def model_folder_05b(test_home: Path) -> Path:
+    """Folder of the real Qwen2.5-Coder-0.5B; a test that needs it fails without it."""
+    from engine.errors import ModelError
+    from engine.inference.catalogue import resolve
+    from engine.inference.store import ModelStore
+
+    try:
+        return ModelStore(test_home).get(resolve("qwen2.5-coder-0.5b-instruct")).folder
+    except ModelError as error:
+        pytest.fail(f"{error.message} `python run.py test` pulls it into {test_home}.", pytrace=False)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_home: Path) -> Path:
     """A fresh PLANPATCH_HOME that shares the pulled models."""
