@@ -1,11 +1,11 @@
 """The edit list: the envelope of every patch and what the ledger stores.
 
 `pre` and `new` hold whole lines joined by newlines, without the last line's terminator, so that "" is one empty line
-(and nothing at all in an `insert`'s `pre` and a `delete`'s `new`). All edits of a list count lines of the same text, the
-one before any of them, so any subset of them applies.
+(and nothing at all in an `insert`'s `pre` and a `delete`'s `new`). All edits of a list count lines of the same text,
+the one before any of them, so any subset of them applies.
 
-When edits are applied, a replaced block keeps its last line's terminator, other new lines take the file's usual one, and
-the file's final terminator (or its absence) stays.
+When edits are applied, a replaced block keeps its last line's terminator, other new lines take the file's usual one,
+and the file's final terminator (or its absence) stays.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Edit:
             raise SchemaFault(f"`start_line` is at least 1, not {self.start_line}")
         if self.action == "insert":
             if self.end_line != self.start_line - 1:
-                raise SchemaFault(f"an insert's `end_line` is start_line - 1 = {self.start_line - 1}, not {self.end_line}")
+                raise SchemaFault(f"an insert's `end_line` is start_line - 1, not {self.end_line}")
             if self.pre:
                 raise SchemaFault("an insert's `pre` is empty")
         elif self.end_line < self.start_line:
@@ -150,7 +150,7 @@ def edits_from_json(value: object) -> list[Edit]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of `pre` or `new`: "" is one empty line, "a\\n" is two lines.
+    r"""The lines of `pre` or `new`: "" is one empty line, "a\n" is two lines.
 
     Args:
         text: Text without a final terminator.
@@ -178,8 +178,8 @@ def resolve_anchors(
 ) -> tuple[list[Edit], list[str]]:
     """Find each edit's place by the text it replaces.
 
-    `pre` must be at its lines, else exactly once inside the scope. Newlines never count, trailing whitespace counts unless
-    nothing matches with it.
+    `pre` must be at its lines, else exactly once inside the scope. Newlines never count, trailing whitespace counts
+    unless nothing matches with it.
 
     Args:
         source: The file as it is.
@@ -209,7 +209,7 @@ def ordered(source: Source, edits: Sequence[Edit]) -> list[Edit]:
         edits: The edits.
 
     Returns:
-        Sorted by line; an insert comes before the edit of the line it precedes, and inserts at one place keep their order.
+        Sorted by line; an insert comes before the edit of the line it precedes, inserts at one place keep their order.
 
     Raises:
         AnchorError: Lines beyond the file, or two edits of one line.
@@ -292,7 +292,7 @@ def diff_edits(before: Source, after_lines: Sequence[str], region: Scope | tuple
 
 
 def unified_diff(before: Source, after: Source, *, num_context_lines: int = 3) -> str:
-    """The change as `diff -u` shows it.
+    r"""The change as `diff -u` shows it.
 
     Args:
         before: The old text; its path is shown with a/ and b/.
@@ -300,7 +300,7 @@ def unified_diff(before: Source, after: Source, *, num_context_lines: int = 3) -
         num_context_lines: Unchanged lines around each hunk.
 
     Returns:
-        The diff, "" if nothing changed. \\r\\n stays in it, so that it can be applied; a lone \\r is shown as \\n.
+        The diff, "" if nothing changed. \r\n stays in it, so that it can be applied; a lone \r is shown as \n.
     """
     path = before.path.lstrip("/")
     old, new = _diff_lines(before), _diff_lines(after)
@@ -372,8 +372,12 @@ def _check_keys(fields: dict[object, object]) -> None:
 
 
 def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    names = {"dict": "an object", "list": "a list", "str": "a string"}
+    return names.get(type(value).__name__, type(value).__name__)
 
 
 def _mend_paths(edits: Sequence[Edit], path: str, repairs: list[str]) -> list[Edit]:
@@ -399,12 +403,13 @@ def _place(source: Source, scope: Scope, edit: Edit, number: int, repairs: list[
     new = source.newline.join(new_lines(edit))
     if edit.action == "insert":
         if edit.start_line > source.num_lines + 1:
-            raise AnchorError(f"edit {number} inserts before line {edit.start_line}; {source.path} has {source.num_lines}")
+            raise AnchorError(f"edit {number} inserts before line {edit.start_line} of {source.num_lines}")
         return replace(edit, new=new)
     start_line, pre_lines, notes = _find_pre(source, scope, edit, number)
     end_line = start_line + len(pre_lines) - 1
     if (start_line, end_line) != (edit.start_line, edit.end_line):
-        notes.append(f"moved from lines {edit.start_line}-{edit.end_line} to {start_line}-{end_line}, where its text is")
+        moved = f"moved from lines {edit.start_line}-{edit.end_line} to {start_line}-{end_line}"
+        notes.append(f"{moved}, where its text is")
     if len(pre_lines) < len(lines_of(edit.pre)) and edit.new.endswith(("\n", "\r")):
         new = source.newline.join(new_lines(edit)[:-1])
     if notes:
@@ -535,9 +540,9 @@ def _widen(before: Source, after: Source, region: _Region) -> _Region:
     """Take in an unchanged line where the text alone would lose a terminator or a place."""
     if region.before_end < region.before_start:
         return region
-    if region.after_end >= region.after_start:
-        if before.eols[region.before_end - 1] == after.eols[region.after_end - 1]:
-            return region
+    replaces = region.after_end >= region.after_start
+    if replaces and before.eols[region.before_end - 1] == after.eols[region.after_end - 1]:
+        return region
     if region.after_end < after.num_lines:
         return replace(region, before_end=region.before_end + 1, after_end=region.after_end + 1)
     if region.after_start > 1:

@@ -214,8 +214,8 @@ def run_gates(
         source: The file as it is now.
         scope: What the user selected, found in `source`.
         edits: A list of `Edit`, or JSON (text or parsed) that should be one.
-        imports: Import statements that the patch declares; only these may be added outside the scope, by inserts such as
-            `import_edit` makes.
+        imports: Import statements that the patch declares; only these may be added outside the scope, by inserts such
+            as `import_edit` makes.
         expected_sha256: Digest of the text that the patch was made for; None if it was made for `source`.
 
     Returns:
@@ -288,19 +288,26 @@ def _libcst(case: _Case) -> None:
     if _tree_depth(after) > _MAX_TREE_DEPTH:
         raise _Refusal(f"The result is nested more than {_MAX_TREE_DEPTH} levels deep; split the expression.")
     outcome = _read_with_libcst(text)
-    if isinstance(outcome, Exception) and case.scope.parses and case.scope.kind != "module":
-        if isinstance(_read_with_libcst(case.program(after=False)), Exception):  # the rest of the file is beyond libcst
-            text = standalone_text(case.scope_lines(after=True), case.scope.indent)
-            outcome = _read_with_libcst(text)
+    may_stand_alone = case.scope.parses and case.scope.kind != "module"
+    if isinstance(outcome, Exception) and may_stand_alone and not _libcst_read_before(case):
+        text = standalone_text(case.scope_lines(after=True), case.scope.indent)
+        outcome = _read_with_libcst(text)
     if isinstance(outcome, Exception):
         raise _Refusal(f"libcst cannot read the result: {_first_line(outcome)}.")
     if outcome != text:  # libcst moves some form feeds and continuations; the program must be the same
         try:
-            same = _differing_pair(parse_text(text), parse_text(outcome), None) is None
+            same = _same_program(parse_text(text), parse_text(outcome))
         except ParseFault:
             same = False
         if not same:
             raise _Refusal("libcst does not give the result back as it was.")
+
+
+def _libcst_read_before(case: _Case) -> bool:
+    """Whether libcst could read the whole file before the patch."""
+    before, _ = case.trees
+    text = case.program(after=False)
+    return _tree_depth(before) <= _MAX_TREE_DEPTH and not isinstance(_read_with_libcst(text), Exception)
 
 
 def _scope(case: _Case) -> None:
@@ -336,7 +343,7 @@ def _names(case: _Case) -> None:
     attributes = newly_missing_attributes(before, after)
     if attributes:
         raise _Refusal(
-            f"After the patch {_quoted(attributes)} would be undefined though still used through `self`; keep defining it."
+            f"After the patch {_quoted(attributes)} would be undefined, yet `self` still reads it; keep defining it."
         )
 
 
@@ -420,7 +427,7 @@ def _inserted_lines(case: _Case) -> set[int]:
 
 def _check_definition_alone(case: _Case) -> None:
     if case.import_edits:
-        raise _Refusal(f"{case.source.path} does not parse, so an import cannot be added to it safely; use no new import.")
+        raise _Refusal(f"{case.source.path} does not parse, so no import can be added to it safely; do without.")
     try:
         parse_definition(case.scope_lines(after=True), case.scope)
     except ParseFault as fault:
@@ -435,7 +442,7 @@ def _check_outside_tree(case: _Case) -> None:
         raise _Refusal(f"{_sentence(case.label)[:-1]} is not at line {case.scope.def_line} of {case.source.path}.")
     added = _inserted_lines(case)
     bare = ast.Module([node for node in after.body if node.lineno not in added], after.type_ignores)
-    if _differing_pair(before, bare, target) is not None or not _stays_in_place(case, after):
+    if not _same_program(before, bare, target) or not _stays_in_place(case, after):
         raise _Refusal(
             f"The result must be {case.label} and nothing else: one definition of that name at the same indentation, "
             "no statement before or after it."
@@ -469,7 +476,7 @@ def _check_imports(case: _Case) -> None:
         if name.member == "*" or name.module == "__future__":
             raise _Refusal("Star imports and `from __future__` imports change the whole file; import names one by one.")
         if name.binds in taken:
-            raise _Refusal(f"The file already defines `{name.binds}`, so importing another would change the rest of it.")
+            raise _Refusal(f"The file already defines `{name.binds}`; importing another would change the rest of it.")
         if name.binds in BUILTIN_NAMES and _used_outside(case, name.binds):
             raise _Refusal(f"Importing `{name.binds}` would replace the builtin that the rest of the file uses.")
 
@@ -482,12 +489,10 @@ def _used_outside(case: _Case, name: str) -> bool:
     )
 
 
-def _differing_pair(
-    one: ast.AST, other: ast.AST, target: DefinitionNode | None
-) -> tuple[object, object] | None:
-    """The first pair of nodes that make two programs differ; below `target` only kind and name count.
+def _same_program(one: ast.AST, other: ast.AST, target: DefinitionNode | None = None) -> bool:
+    """Whether two trees are equal but for positions; below `target` only kind and name count.
 
-    Iterative, because trees may be deeper than the interpreter's recursion limit; positions are not compared.
+    Iterative, because trees may be deeper than the interpreter's recursion limit.
     """
     waiting: list[tuple[object, object]] = [(one, other)]
     while waiting:
@@ -495,22 +500,22 @@ def _differing_pair(
         if target is not None and left is target:
             kind = "class" if isinstance(target, ast.ClassDef) else "function"
             if not isinstance(right, ast.AST) or not is_definition(right, kind, target.name):
-                return left, right
+                return False
         elif type(left) is not type(right):
-            return left, right
+            return False
         elif isinstance(left, ast.AST) and isinstance(right, ast.AST):
             waiting += [(getattr(left, name, None), getattr(right, name, None)) for name in left._fields]
         elif isinstance(left, list) and isinstance(right, list):
             items, others = cast("list[object]", left), cast("list[object]", right)
             if len(items) != len(others):
-                return left, right
+                return False
             waiting += zip(items, others, strict=True)
         elif isinstance(left, (float, complex)):
             if repr(left) != repr(right):  # 0.0 and -0.0 differ, nan does not
-                return left, right
+                return False
         elif left != right:
-            return left, right
-    return None
+            return False
+    return True
 
 
 def _tree_depth(tree: ast.AST) -> int:
@@ -531,7 +536,7 @@ def _read_with_libcst(text: str) -> str | Exception:
 
         try:
             outcome.append(libcst.parse_module(text).code)
-        except Exception as error:  # noqa: BLE001 - whatever it is, libcst cannot read the text
+        except Exception as error:  # whatever it is, libcst cannot read the text
             outcome.append(error)
 
     with _stack_size_lock:

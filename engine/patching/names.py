@@ -1,7 +1,7 @@
 """Which names a file binds and which it uses without binding, and the imports that would bind them.
 
-Not covered: names bound by `exec`, `globals()` or another module, and whether a bound name already has a value where it is
-used.
+Not covered: names bound by `exec`, `globals()` or another module, and whether a bound name already has a value where it
+is used.
 """
 
 from __future__ import annotations
@@ -27,44 +27,57 @@ from engine.patching.scopes import (
 )
 from engine.patching.source import Source
 
-_IMPLICIT_NAMES = frozenset(
-    "__file__ __name__ __doc__ __path__ __package__ __spec__ __loader__ __builtins__ __annotations__ __class__ __module__ "
-    "__qualname__ __dict__ WindowsError reveal_type".split()
-)
+# fmt: off
+_IMPLICIT_NAMES = frozenset((
+    "__file__", "__name__", "__doc__", "__path__", "__package__", "__spec__", "__loader__", "__builtins__",
+    "__annotations__", "__class__", "__module__", "__qualname__", "__dict__", "WindowsError", "reveal_type",
+))
 BUILTIN_NAMES = frozenset(dir(builtins)) | _IMPLICIT_NAMES
 
 # Modules whose names are also common variable names (string, code, queue, copy …) are left out on purpose.
-_IMPORTABLE_MODULES = frozenset(
-    "abc argparse ast asyncio base64 bisect collections contextlib csv ctypes dataclasses decimal difflib enum fractions "
-    "functools gc getpass glob gzip hashlib heapq hmac importlib inspect io itertools json keyword locale logging math "
-    "mimetypes multiprocessing operator os pathlib pickle pkgutil platform pprint random re secrets shlex shutil socket "
-    "sqlite3 statistics struct subprocess sys sysconfig tempfile textwrap threading time timeit tokenize traceback types "
-    "typing unicodedata unittest urllib uuid warnings weakref zipfile zlib".split()
-)
-_IMPORTABLE_MEMBERS: Mapping[str, str] = {
-    "typing": "Any Annotated ClassVar Dict Final FrozenSet Generic List Literal NamedTuple NoReturn Optional Protocol Set "
-    "Tuple Type TypeVar TypedDict Union cast overload",
-    "collections": "ChainMap Counter OrderedDict defaultdict deque namedtuple",
-    "collections.abc": "AsyncIterable AsyncIterator Awaitable Callable Collection Container Coroutine Generator Hashable "
-    "Iterable Iterator Mapping MutableMapping MutableSequence MutableSet Sequence Sized",
-    "functools": "cached_property lru_cache partial reduce singledispatch total_ordering wraps",
-    "itertools": "accumulate chain combinations combinations_with_replacement groupby islice permutations product starmap "
-    "takewhile dropwhile zip_longest",
-    "dataclasses": "dataclass",
-    "enum": "Enum Flag IntEnum IntFlag",
-    "abc": "ABC abstractmethod",
-    "contextlib": "contextmanager suppress ExitStack nullcontext asynccontextmanager",
-    "pathlib": "Path PurePath PurePosixPath",
-    "datetime": "timedelta timezone",
-    "decimal": "Decimal",
-    "fractions": "Fraction",
-    "math": "ceil factorial floor gcd isclose sqrt",
-    "copy": "deepcopy",
-    "heapq": "heapify heappop heappush heapreplace nlargest nsmallest",
-    "bisect": "bisect_left bisect_right insort",
-    "string": "ascii_letters ascii_lowercase ascii_uppercase",
-    "io": "BytesIO StringIO",
+_IMPORTABLE_MODULES = frozenset((
+    "abc", "argparse", "ast", "asyncio", "base64", "bisect", "collections", "contextlib", "csv", "ctypes",
+    "dataclasses", "decimal", "difflib", "enum", "fractions", "functools", "gc", "getpass", "glob", "gzip",
+    "hashlib", "heapq", "hmac", "importlib", "inspect", "io", "itertools", "json", "keyword", "locale",
+    "logging", "math", "mimetypes", "multiprocessing", "operator", "os", "pathlib", "pickle", "pkgutil",
+    "platform", "pprint", "random", "re", "secrets", "shlex", "shutil", "socket", "sqlite3", "statistics",
+    "struct", "subprocess", "sys", "sysconfig", "tempfile", "textwrap", "threading", "time", "timeit",
+    "tokenize", "traceback", "types", "typing", "unicodedata", "unittest", "urllib", "uuid", "warnings",
+    "weakref", "zipfile", "zlib",
+))
+_IMPORTABLE_MEMBERS: Mapping[str, tuple[str, ...]] = {
+    "typing": (
+        "Any", "Annotated", "ClassVar", "Dict", "Final", "FrozenSet", "Generic", "List", "Literal",
+        "NamedTuple", "NoReturn", "Optional", "Protocol", "Set", "Tuple", "Type", "TypeVar", "TypedDict",
+        "Union", "cast", "overload",
+    ),
+    "collections": ("ChainMap", "Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
+    "collections.abc": (
+        "AsyncIterable", "AsyncIterator", "Awaitable", "Callable", "Collection", "Container", "Coroutine",
+        "Generator", "Hashable", "Iterable", "Iterator", "Mapping", "MutableMapping", "MutableSequence",
+        "MutableSet", "Sequence", "Sized",
+    ),
+    "functools": ("cached_property", "lru_cache", "partial", "reduce", "singledispatch", "total_ordering", "wraps"),
+    "itertools": (
+        "accumulate", "chain", "combinations", "combinations_with_replacement", "groupby", "islice",
+        "permutations", "product", "starmap", "takewhile", "dropwhile", "zip_longest",
+    ),
+    "dataclasses": ("dataclass",),
+    "enum": ("Enum", "Flag", "IntEnum", "IntFlag"),
+    "abc": ("ABC", "abstractmethod"),
+    "contextlib": ("contextmanager", "suppress", "ExitStack", "nullcontext", "asynccontextmanager"),
+    "pathlib": ("Path", "PurePath", "PurePosixPath"),
+    "datetime": ("timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "math": ("ceil", "factorial", "floor", "gcd", "isclose", "sqrt"),
+    "copy": ("deepcopy",),
+    "heapq": ("heapify", "heappop", "heappush", "heapreplace", "nlargest", "nsmallest"),
+    "bisect": ("bisect_left", "bisect_right", "insort"),
+    "string": ("ascii_letters", "ascii_lowercase", "ascii_uppercase"),
+    "io": ("BytesIO", "StringIO"),
 }
+# fmt: on
 _NAME_LINE = re.compile(r"#.*coding[:=]|#!")
 
 
@@ -110,8 +123,8 @@ class NameUse:
 def use_of_names(text: str) -> NameUse:
     """Resolve the names of a text that parses.
 
-    Method: the interpreter's own `symtable`; names in annotations, which `from __future__ import annotations` hides from
-    it, count as used if nothing in the text binds them.
+    Method: the interpreter's own `symtable`; names in annotations, which `from __future__ import annotations` hides
+    from it, count as used if nothing in the text binds them.
 
     Args:
         text: A whole module.
@@ -250,7 +263,7 @@ def missing_stdlib_imports(names: Iterable[str], text: str | None = None) -> dic
                 statements[name] = f"import {name}"
             continue
         for module, members in _IMPORTABLE_MEMBERS.items():
-            if name in members.split():
+            if name in members:
                 statements[name] = f"from {module} import {name}"
                 break
     return statements
@@ -435,9 +448,7 @@ def _own_attributes(node: ast.ClassDef) -> _ClassAttributes:
     return _ClassAttributes(frozenset(provided), frozenset(used), not (hooks or dynamic or node.keywords))
 
 
-def _add_self_attributes(
-    method: ast.FunctionDef | ast.AsyncFunctionDef, provided: set[str], used: set[str]
-) -> None:
+def _add_self_attributes(method: ast.FunctionDef | ast.AsyncFunctionDef, provided: set[str], used: set[str]) -> None:
     parameters = [*method.args.posonlyargs, *method.args.args]
     if not parameters or any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in method.decorator_list):
         return
@@ -451,10 +462,9 @@ def _import_place(source: Source, tree: ast.Module) -> tuple[int, bool]:
     place = 0
     after_import = False
     for index, node in enumerate(tree.body):
-        is_docstring = index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             after_import = True
-        elif not (is_docstring and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
+        elif index > 0 or ast.get_docstring(tree, clean=False) is None:
             break
         place = node.end_lineno or node.lineno
     if place:

@@ -1,7 +1,7 @@
 """What may be edited: a function, a class or the whole module, found by name or by line.
 
-A file that parses is read with `ast`. A file that does not is scanned by indentation, brackets and quotes, and a function
-found there counts only if its own text parses.
+A file that parses is read with `ast`. A file that does not is scanned by indentation, brackets and quotes, and a
+function found there counts only if its own text parses.
 
 Not covered: lambdas, functions made by calls, and definitions that a star import or `exec` brings in.
 """

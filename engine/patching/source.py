@@ -1,6 +1,6 @@
-"""A Python file's text, kept so exactly that its bytes can be given back.
+r"""A Python file's text, kept so exactly that its bytes can be given back.
 
-Lines end at \\n, \\r\\n and \\r and nowhere else, so that line numbers agree with `ast`: a form feed, U+2028 or U+0085 is
+Lines end at \n, \r\n and \r and nowhere else, so that line numbers agree with `ast`: a form feed, U+2028 or U+0085 is
 an ordinary character. Only UTF-8 is edited, with or without a byte-order mark.
 
 Not covered: encodings other than UTF-8 (refused), and files that change while they are read.
@@ -78,8 +78,8 @@ class Source:
             The source.
 
         Raises:
-            SourceError: The text holds NUL characters or lone surrogates, is larger than `MAX_SOURCE_BYTES`, or declares
-                another encoding than UTF-8.
+            SourceError: The text holds NUL characters or lone surrogates, is larger than `MAX_SOURCE_BYTES`, or
+                declares another encoding than UTF-8.
         """
         if "\0" in text:
             raise _binary(path, text.index("\0"))
@@ -127,7 +127,7 @@ class Source:
 
     @cached_property
     def newline(self) -> str:
-        """The terminator of most lines, the first seen on a tie; "\\n" if there is none."""
+        r"""The terminator of most lines, the first seen on a tie; "\n" if there is none."""
         counts = Counter(eol for eol in self.eols if eol)
         return counts.most_common(1)[0][0] if counts else "\n"
 
@@ -156,7 +156,7 @@ class Source:
         return text[: len(text) - len(self.eols[end_line - 1])] if end_line >= start_line else ""
 
     def plain_text(self, start_line: int = 1, end_line: int | None = None) -> str:
-        """Whole lines joined and ended by "\\n": what parsers and models are given.
+        r"""Whole lines joined and ended by "\n": what parsers and models are given.
 
         Args:
             start_line: First line, 1-based.
@@ -199,7 +199,7 @@ def read_source(path: Path, root: Path | None = None) -> Source:
 
 
 def split_lines(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split at \\n, \\r\\n and \\r only.
+    r"""Split at \n, \r\n and \r only.
 
     Args:
         text: Any text.
@@ -304,7 +304,10 @@ def _check_not_binary(data: bytes, path: str) -> None:
 
 def _binary(path: str, offset: int) -> SourceError:
     return SourceError(
-        f"{path} is binary: it has a NUL at offset {offset}.", hint="Name a Python source file.", path=path, offset=offset
+        f"{path} is binary: it has a NUL at offset {offset}.",
+        hint="Name a Python source file.",
+        path=path,
+        offset=offset,
     )
 
 
