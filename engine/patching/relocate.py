@@ -1,0 +1,482 @@
+"""Finding hunks again in a text that was edited since, and putting their other side there.
+
+A block of lines is found at a place when some longest common subsequence of the old and the new text keeps the whole
+block there, unbroken. When that holds for several places, a place is dropped if it is under another function than
+before (and that function still exists), or if another place agrees with the surroundings on both sides at least as
+well and on one side better. One place must be left, or all that are left must give the same text; and seen from the
+new text the old place must be as clear. Otherwise the block counts as not found: nothing is decided by luck. A block
+that moved past others is found by its exact text with up to three lines of context on each side, once in each text.
+
+A gap (where lines were deleted, or where an insertion is to be redone) is found by the lines next to it.
+
+Not covered: two texts that a reader could not tell apart either, such as a function pasted twice under one name (that
+is refused); lines are compared without their terminators.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import pairwise
+from typing import NamedTuple
+
+from engine.errors import StaleTextError
+from engine.patching.edits import Edit, new_lines
+from engine.patching.source import Source
+
+_HEADER = re.compile(r"[ \t\f]*(?:async[ \t]+def|def|class)[ \t]+(\w+)")
+_NUM_CONTEXT_LINES = 3
+_MAX_SURROUNDING_LINES = 200
+
+
+class Range(NamedTuple):
+    """Lines `start` to `stop` of a text, 0-based, `stop` not included; empty between two lines."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hunk:
+    """One edit's place before and after all the edits.
+
+    Args:
+        index: Its place in the list of edits.
+        base: Lines of the text before.
+        patched: Lines of the text after.
+    """
+
+    index: int
+    base: Range
+    patched: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What to turn back (or forward) again: lines of one text stand for lines of the other.
+
+    Args:
+        hunk: Index of the hunk that it comes from.
+        old: Lines of the text that was in the file.
+        new: Lines of the text that shall stand there instead.
+    """
+
+    hunk: int
+    old: Range
+    new: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Replanted:
+    """The result of `replant`.
+
+    Args:
+        source: The current text with every change made, terminators and final newline included.
+        edits: The same as edits of the current text, for an editor.
+    """
+
+    source: Source
+    edits: list[Edit]
+
+
+def hunks_of(edits: Sequence[Edit], chosen: Iterable[int] | None = None) -> list[Hunk]:
+    """Where edits lie before and after they are applied together.
+
+    Args:
+        edits: Edits of one file in the coordinates of its base.
+        chosen: Indices of those that are applied; None for all.
+
+    Returns:
+        The hunks from top to bottom.
+    """
+    indices = range(len(edits)) if chosen is None else sorted(set(chosen))
+    hunks: list[Hunk] = []
+    shift = 0
+    for index in sorted(indices, key=lambda i: (edits[i].start_line, edits[i].end_line)):
+        edit = edits[index]
+        base = Range(edit.start_line - 1, edit.end_line)
+        num_new = len(new_lines(edit))
+        hunks.append(Hunk(index, base, Range(base.start + shift, base.start + shift + num_new)))
+        shift += num_new - (base.stop - base.start)
+    return hunks
+
+
+def replant(old: Source, new: Source, changes: Sequence[Change], current: Source) -> Replanted:
+    """Find each change's old lines in the current text and put its new lines there.
+
+    Args:
+        old: The text that was in the file when the changes were made or turned back.
+        new: The text that has the lines to be put there.
+        changes: The changes, from top to bottom.
+        current: The text that is in the file now.
+
+    Returns:
+        The current text with the changes. Nothing else in it changes, and when it is `old` the result is `new`.
+
+    Raises:
+        StaleTextError: A change's lines were edited or cannot be told from others; `details["hunks"]` says for each
+            hunk whether it was found, and shows all three texts.
+    """
+    replacements = [new.lines[change.new.start : change.new.stop] for change in changes]
+    places = relocate(old.lines, current.lines, [change.old for change in changes], replacements)
+    found = [place for place in places if place is not None]
+    if len(found) < len(changes):
+        raise _not_found(old, new, changes, current, places)
+    placed = sorted(zip(found, changes, strict=True), key=lambda pair: pair[0])
+    edits = [_edit(old, new, change, current, place) for place, change in placed]
+    return Replanted(_splice(old, new, placed, current), edits)
+
+
+def relocate(
+    old_lines: Sequence[str],
+    new_lines: Sequence[str],
+    ranges: Sequence[Range],
+    replacements: Sequence[Sequence[str]] | None = None,
+) -> list[Range | None]:
+    """Where blocks of the old text are in the new text.
+
+    Method: longest common subsequences with the block kept whole, by Hyyrö's bit-parallel row update ("Bit-parallel
+    LCS-length computation revisited", 2004); 10,000 lines take some hundredths of a second a block.
+
+    Args:
+        old_lines: The old text, without terminators.
+        new_lines: The new text, without terminators.
+        ranges: Blocks of the old text; an empty one is the gap before its line.
+        replacements: Lines that shall stand in place of each block. Where given, places that lead to the same text
+            count as one.
+
+    Returns:
+        For each block the same lines in the new text, or None if they were edited or cannot be told from others. No
+        two blocks found overlap.
+    """
+    if list(old_lines) == list(new_lines):
+        return list(ranges)
+    search = _Search(_Text.of(old_lines), _Text.of(new_lines))
+    wanted: Sequence[Sequence[str] | None] = [None] * len(ranges) if replacements is None else replacements
+    places = [
+        search.gap(block.start, lines) if block.start == block.stop else search.block(block, lines)
+        for block, lines in zip(ranges, wanted, strict=True)
+    ]
+    return _without_overlaps(places)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Lines, and for each one the functions and classes around it."""
+
+    lines: tuple[str, ...]
+    scopes: tuple[tuple[str, ...], ...]
+    all_scopes: frozenset[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, lines: Sequence[str]) -> _Text:
+        scopes, all_scopes = _scopes(lines)
+        return cls(tuple(lines), scopes, all_scopes)
+
+    def scope_of(self, block: Range) -> tuple[str, ...]:
+        """What is around a block's first line that is not blank."""
+        for index in range(block.start, block.stop):
+            if self.lines[index].strip():
+                return self.scopes[index]
+        return ()
+
+    def starts_of(self, block: tuple[str, ...]) -> list[int]:
+        """Every place where these lines stand."""
+        last = len(self.lines) - len(block)
+        return [i for i in range(last + 1) if self.lines[i] == block[0] and self.lines[i : i + len(block)] == block]
+
+
+class _Search:
+    """Where blocks of one text are in another."""
+
+    def __init__(self, old: _Text, new: _Text) -> None:
+        self._old = old
+        self._new = new
+        self._num_common = _num_common_lines(old.lines, new.lines)
+
+    def block(self, block: Range, replacement: Sequence[str] | None = None) -> Range | None:
+        """The place of a block that is not empty."""
+        starts = self._clear_places(self._old, self._new, block)
+        if not starts:
+            return self._moved(block)
+        place = Range(starts[0], starts[0] + block.stop - block.start)
+        if not _same_result(self._new.lines, place, starts, replacement):
+            return None
+        origins = self._clear_places(self._new, self._old, place)
+        if block.start not in origins or not _same_result(self._old.lines, block, origins, replacement):
+            return None
+        return place
+
+    def gap(self, line: int, restored: Sequence[str] | None = None) -> Range | None:
+        """The place of the gap before a line, found by its neighbours."""
+        last = len(self._old.lines)
+        both = self.block(Range(line - 1, line + 1)) if 0 < line < last else None
+        if both is not None:
+            places = {both.start + 1}
+        else:
+            above = self.block(Range(line - 1, line)) if line > 0 else None
+            below = self.block(Range(line, line + 1)) if line < last else None
+            places = {place.stop for place in (above,) if place} | {place.start for place in (below,) if place}
+        if len(places) != 1:  # none is left, or lines were written into the gap
+            return None
+        place = places.pop()
+        if (
+            restored
+            and _stands_at(self._new.lines, place, restored)
+            and not _stands_at(self._old.lines, line, restored)
+        ):
+            return None
+        return Range(place, place)
+
+    def _clear_places(self, old: _Text, new: _Text, block: Range) -> list[int]:
+        """Starts of the places that the texts themselves do not rule out."""
+        aligned = self._aligned_places(old, new, block)
+        in_scope = [start for start in aligned if _is_in_scope(old, new, block, start)]
+        return _undominated(old.lines, new.lines, block, in_scope)
+
+    def _aligned_places(self, old: _Text, new: _Text, block: Range) -> list[int]:
+        """Starts of the places where a longest common subsequence keeps the block."""
+        size = block.stop - block.start
+        starts = new.starts_of(old.lines[block.start : block.stop])
+        if not starts:
+            return []
+        above = _lcs_lengths(old.lines[: block.start], new.lines, starts)
+        ends = [len(new.lines) - start - size for start in reversed(starts)]
+        below = _lcs_lengths(old.lines[block.stop :][::-1], new.lines[::-1], ends)[::-1]
+        sums = zip(starts, above, below, strict=True)
+        return [start for start, num_above, num_below in sums if num_above + size + num_below == self._num_common]
+
+    def _moved(self, block: Range) -> Range | None:
+        """The place of a block that was carried past others, found with the lines around it in its function."""
+        old, new = self._old, self._new
+        window = _with_context(old, block)
+        lines = old.lines[window.start : window.stop]
+        if sum(1 for line in lines if line.strip()) < _NUM_CONTEXT_LINES:
+            return None
+        starts = new.starts_of(lines)
+        if len(starts) != 1 or len(old.starts_of(lines)) != 1:
+            return None
+        start = starts[0] + block.start - window.start
+        if not _is_in_scope(old, new, block, start):
+            return None
+        return Range(start, start + block.stop - block.start)
+
+
+def _with_context(text: _Text, block: Range) -> Range:
+    """The block with up to three lines before and after it, as far as they are in the same function."""
+    scope = text.scope_of(block)
+    start, stop = block
+    while start > 0 and block.start - start < _NUM_CONTEXT_LINES and text.scopes[start - 1] == scope:
+        start -= 1
+    while stop < len(text.lines) and stop - block.stop < _NUM_CONTEXT_LINES and text.scopes[stop] == scope:
+        stop += 1
+    return Range(start, stop)
+
+
+def _num_common_lines(old: tuple[str, ...], new: tuple[str, ...]) -> int:
+    """Length of a longest common subsequence."""
+    head = _num_equal(old, new)
+    tail = _num_equal(old[head:][::-1], new[head:][::-1])
+    middle = new[head : len(new) - tail]
+    return head + tail + _lcs_lengths(old[head : len(old) - tail], middle, [len(middle)])[0]
+
+
+def _lcs_lengths(rows: tuple[str, ...], columns: tuple[str, ...], stops: list[int]) -> list[int]:
+    """Length of a longest common subsequence of `rows` and `columns[:stop]` for every stop; stops ascend."""
+    head = min(_num_equal(rows, columns), stops[0])
+    bits: dict[str, int] = {}
+    for index, line in enumerate(rows[head:]):
+        bits[line] = bits.get(line, 0) | 1 << index
+    every_row = (1 << (len(rows) - head)) - 1
+    free = every_row  # a row's bit is cleared where the length grows
+    lengths: list[int] = []
+    at = head
+    for stop in stops:
+        for line in columns[at:stop]:
+            if matching := bits.get(line):
+                usable = free & matching
+                free = ((free + usable) | (free - usable)) & every_row
+        at = stop
+        lengths.append(head + (every_row ^ free).bit_count())
+    return lengths
+
+
+def _num_equal(left: Sequence[str], right: Sequence[str]) -> int:
+    """How many lines are equal before the first difference."""
+    for index, (one, other) in enumerate(zip(left, right)):  # noqa: B905 - the shorter one ends the comparison
+        if one != other:
+            return index
+    return min(len(left), len(right))
+
+
+def _is_in_scope(old: _Text, new: _Text, block: Range, start: int) -> bool:
+    """Whether a place is under the same functions and classes, or those are gone (renamed)."""
+    before = old.scope_of(block)
+    after = new.scope_of(Range(start, start + block.stop - block.start))
+    return before == after or not before or before not in new.all_scopes
+
+
+def _undominated(old: tuple[str, ...], new: tuple[str, ...], block: Range, starts: list[int]) -> list[int]:
+    """Drop places whose surroundings fit less well than another's on one side and no better on the other."""
+    if len(starts) < 2:
+        return starts
+    size = block.stop - block.start
+    above, below = _above(old, block.start), _below(old, block.stop)
+    fits = [(_num_equal(above, _above(new, s)), _num_equal(below, _below(new, s + size))) for s in starts]
+    rivals = set(fits)
+    best = {fit for fit in rivals if not any(_is_better(other, fit) for other in rivals)}
+    return [start for start, fit in zip(starts, fits, strict=True) if fit in best]
+
+
+def _above(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
+    return lines[max(line - _MAX_SURROUNDING_LINES, 0) : line][::-1]
+
+
+def _below(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
+    return lines[line : line + _MAX_SURROUNDING_LINES]
+
+
+def _is_better(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+def _same_result(lines: tuple[str, ...], place: Range, starts: list[int], replacement: Sequence[str] | None) -> bool:
+    """Whether replacing the block at any of the starts gives the same text as at `place`."""
+    others = [start for start in starts if start != place.start]
+    if not others or replacement is None:
+        return not others
+    size, put = place.stop - place.start, tuple(replacement)
+    pairs = [(min(place.start, other), max(place.start, other)) for other in others]
+    return all(put + lines[one + size : other + size] == lines[one:other] + put for one, other in pairs)
+
+
+def _stands_at(lines: tuple[str, ...], line: int, block: Sequence[str]) -> bool:
+    """Whether the block is right above or below a gap."""
+    wanted = tuple(block)
+    return wanted in (lines[max(line - len(wanted), 0) : line], lines[line : line + len(wanted)])
+
+
+def _without_overlaps(places: list[Range | None]) -> list[Range | None]:
+    """Two blocks in one place are both not found."""
+    taken = sorted((place, index) for index, place in enumerate(places) if place is not None)
+    clashing = {index for (one, i), (other, j) in pairwise(taken) if other.start < one.stop for index in (i, j)}
+    return [None if index in clashing else place for index, place in enumerate(places)]
+
+
+def _scopes(lines: Sequence[str]) -> tuple[tuple[tuple[str, ...], ...], frozenset[tuple[str, ...]]]:
+    """The names of the functions and classes around each line, read from indentation alone: the text may not parse."""
+    open_headers: list[tuple[int, str]] = []
+    scopes: list[tuple[str, ...]] = []
+    seen: set[tuple[str, ...]] = set()
+    for line in lines:
+        code = line.strip()
+        indentation = len(line.expandtabs()) - len(line.expandtabs().lstrip())
+        if code and not code.startswith(("#", ")", "]", "}")):
+            open_headers = [header for header in open_headers if header[0] < indentation]
+        scopes.append(tuple(name for column, name in open_headers if column < indentation or not code))
+        if match := _HEADER.match(line):
+            open_headers.append((indentation, match.group(1)))
+            seen.add(tuple(name for _, name in open_headers))
+    return tuple(scopes), frozenset(seen)
+
+
+def _splice(old: Source, new: Source, placed: Sequence[tuple[Range, Change]], current: Source) -> Source:
+    """The current text with new lines at the given places."""
+    bom = new.bom if current.bom == old.bom else current.bom
+    if (current.lines, current.eols) == (old.lines, old.eols):
+        return Source(current.path, new.lines, new.eols, bom)
+    lines: list[str] = []
+    eols: list[str] = []
+    at = 0
+    for place, change in placed:
+        lines += [*current.lines[at : place.start], *new.lines[change.new.start : change.new.stop]]
+        eols += [*current.eols[at : place.start], *_eols(old, new, change, current, place)]
+        at = place.stop
+    lines += current.lines[at:]
+    eols += current.eols[at:]
+    final_newline = new.final_newline if current.final_newline == old.final_newline else current.final_newline
+    return Source(current.path, tuple(lines), _terminated(eols, current.newline, final_newline), bom)
+
+
+def _eols(old: Source, new: Source, change: Change, current: Source, place: Range) -> Sequence[str]:
+    """Terminators of the new lines: their own, unless the file was converted since."""
+    then = [*old.eols[change.old.start : change.old.stop], old.newline]
+    now = [*current.eols[place.start : place.stop], current.newline]
+    own = new.eols[change.new.start : change.new.stop]
+    kept = all(one == other for one, other in zip(then[:-1] or then, now[:-1] or now, strict=True) if one and other)
+    return own if kept else [current.newline] * len(own)
+
+
+def _terminated(eols: list[str], newline: str, final_newline: bool) -> tuple[str, ...]:
+    """Every line terminated, the last one as asked."""
+    filled = [eol or newline for eol in eols]
+    if filled and not final_newline:
+        filled[-1] = ""
+    return tuple(filled)
+
+
+def _edit(old: Source, new: Source, change: Change, current: Source, place: Range) -> Edit:
+    """One change as an edit of the current text; `new` has the terminators that the lines shall get."""
+    lines = new.lines[change.new.start : change.new.stop]
+    eols = [*(eol or current.newline for eol in _eols(old, new, change, current, place)[:-1]), ""]
+    action = "insert" if place.start == place.stop else "replace" if lines else "delete"
+    return Edit(
+        path=current.path,
+        action=action,
+        start_line=place.start + 1,
+        end_line=place.stop,
+        pre=current.text_between(place.start + 1, place.stop),
+        new="".join(line + eol for line, eol in zip(lines, eols, strict=False)),
+    )
+
+
+def _not_found(
+    old: Source, new: Source, changes: Sequence[Change], current: Source, places: Sequence[Range | None]
+) -> StaleTextError:
+    regions = _regions_now(old, current, changes)
+    hunks = [
+        {
+            "hunk": change.hunk,
+            "found": place is not None,
+            "start_line": (place or region).start + 1,
+            "view": _three_way_view(old, new, change, current, place or region),
+        }
+        for change, place, region in zip(changes, places, regions, strict=True)
+    ]
+    missing = [str(hunk["start_line"]) for hunk in hunks if not hunk["found"]]
+    return StaleTextError(
+        f"{current.path} was edited inside {len(missing)} of {len(changes)} hunks (near line {', '.join(missing)}), "
+        "or their lines cannot be told from others.",
+        hint="Change those lines by hand with the three texts shown, or undo your edits to them and try again.",
+        path=current.path,
+        hunks=hunks,
+    )
+
+
+def _regions_now(old: Source, current: Source, changes: Sequence[Change]) -> list[Range]:
+    """About where each change's lines are now; good enough to be shown, not to be edited."""
+    blocks = SequenceMatcher(None, old.lines, current.lines).get_opcodes()
+
+    def image(line: int, *, at_end: bool) -> int:
+        for tag, old_start, old_stop, new_start, new_stop in reversed(blocks) if not at_end else blocks:
+            if old_start <= line <= old_stop:
+                offset = line - old_start
+                return new_start + offset if tag == "equal" else new_stop if at_end else new_start
+        return 0
+
+    regions: list[Range] = []
+    for change in changes:
+        start = image(change.old.start, at_end=False)
+        regions.append(Range(start, max(start, image(change.old.stop, at_end=True))))
+    return regions
+
+
+def _three_way_view(old: Source, new: Source, change: Change, current: Source, now: Range) -> str:
+    parts = (
+        ("<<<<<<< now in the file", current.lines[now.start : now.stop]),
+        ("||||||| was expected there", old.lines[change.old.start : change.old.stop]),
+        ("======= would be put there", new.lines[change.new.start : change.new.stop]),
+    )
+    return "\n".join([*(line for title, lines in parts for line in (title, *lines)), ">>>>>>>"])
