@@ -25,7 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "planpatch-set-up.json"
-PIP_LOG = VENV / "pip.log"
 OLDEST_PYTHON = (3, 10)
 SETUP_BYTES = 3 * 1024**3
 TEST_MODEL = "qwen2.5-coder-0.5b-instruct"
@@ -167,36 +166,44 @@ def make_venv() -> None:
 def install() -> None:
     """Install PlanPatch and its tools into .venv, at the versions of constraints.txt."""
     print("Installing PlanPatch and what it needs (torch is the largest part; a few minutes at most)", flush=True)
-    PIP_LOG.unlink(missing_ok=True)
     command = [
         *[str(venv_python()), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"],
-        *["--log", str(PIP_LOG), "--constraint", "constraints.txt", "--editable", ".[dev]"],
+        *["--constraint", "constraints.txt", "--editable", ".[dev]"],
     ]
-    result = subprocess.run(command, cwd=ROOT, check=False, env=child_environment())
-    if result.returncode != 0:
-        lines = last_lines(PIP_LOG)
-        raise SetupError(f"pip failed with code {result.returncode}. Its last lines:\n{indent(lines)}", pip_hint(lines))
+    code, errors = run_showing_errors(command)
+    if code != 0:
+        said = [line for line in errors if not line.startswith("WARNING: Location")]
+        last = indent("\n".join(said[-8:]))
+        raise SetupError(f"pip failed with code {code}. Its last lines:\n{last}", pip_hint("\n".join(said)))
 
 
-def last_lines(path: Path, count: int = 15) -> str:
-    """The last lines of pip's log that say something."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "(pip wrote no log)"
-    # pip's log begins every line with a time stamp.
-    texts = [line.split(" ", 1)[1].rstrip() if line[:4].isdigit() and " " in line else line.rstrip() for line in lines]
-    said = [text for text in texts if text.strip() and not text.lstrip().startswith(("Remote version", "Removed "))]
-    return "\n".join(said[-count:])
+def run_showing_errors(command: list[str]) -> tuple[int, list[str]]:
+    """Run a command in this folder; its output is shown as it comes, and what it wrote to stderr is returned too."""
+    errors: list[str] = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=child_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            errors += [line.rstrip()] if line.strip() else []
+    return process.returncode, errors
 
 
 def pip_hint(lines: str) -> str:
     """What to do about a failure of pip, told by what it said."""
+    if "ResolutionImpossible" in lines:
+        return "pyproject.toml and constraints.txt disagree: mend the version that the lines above name."
     again = "then run the same command again: what was downloaded is kept."
     if "No space left" in lines or "not enough space" in lines:
         return f"The disk is full: free 3 GB or more (8 GB where pip installs torch with CUDA), {again}"
-    network = ("ConnectionError", "NewConnectionError", "Temporary failure", "timed out", "ProxyError", "SSLError")
-    if any(sign in lines for sign in network):
+    network = ("ConnectionError", "NewConnection", "Connection refused", "Temporary failure", "timed out", "ProxyError")
+    if any(sign in lines for sign in (*network, "SSLError", "build dependencies")):
         return f"The package index is out of reach: check the network, pip's proxy and certificate settings, {again}"
     if "No matching distribution" in lines or "Could not find a version" in lines:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -206,7 +213,7 @@ def pip_hint(lines: str) -> str:
         )
     if "Permission" in lines or "Access is denied" in lines or "WinError 5" in lines or "WinError 32" in lines:
         return f"A file is in use or may not be written: close editors and servers that run PlanPatch, {again}"
-    return f"The whole log is in {PIP_LOG}. Deleting .venv and running the same command starts afresh."
+    return f"Mend that, {again} Deleting .venv starts afresh."
 
 
 def child_environment(**extra: str) -> dict[str, str]:
