@@ -17,6 +17,7 @@ from engine.patching.scopes import (
     DefinitionNode,
     ParseFault,
     Scope,
+    leading_whitespace,
     list_scopes,
     parse_definition,
     parse_text,
@@ -75,6 +76,7 @@ class _Piece:
     name: str
     lines: tuple[int, ...]
     made_up: str = ""
+    dedent: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _text_of(source: Source, pieces: Iterable[_Piece], shown: set[int]) -> str:
         if piece.made_up:
             lines += [piece.made_up] if piece.lines[0] not in shown else []
         else:
-            lines += [source.lines[number - 1] for number in piece.lines if number not in shown]
+            indent = len(leading_whitespace(source.lines[piece.lines[0] - 1])) if piece.dedent else 0
+            lines += [source.lines[number - 1][indent:] for number in piece.lines if number not in shown]
         shown.update(piece.lines)
     return "".join(line + "\n" for line in lines)
 
@@ -200,7 +203,8 @@ def _import_pieces(source: Source, scope: Scope) -> list[_Piece]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)) and not scope.contains(node.lineno):
-            pieces.append(_Piece(ast.unparse(node), tuple(range(node.lineno, (node.end_lineno or node.lineno) + 1))))
+            lines = tuple(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            pieces.append(_Piece(ast.unparse(node), lines, dedent=True))
         elif isinstance(node, (ast.If, ast.Try)):
             waiting.extend(reversed(list(ast.iter_child_nodes(node))))
         elif isinstance(node, ast.ExceptHandler):

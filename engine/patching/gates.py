@@ -350,8 +350,7 @@ def _names(case: _Case) -> None:
 def _change(case: _Case) -> None:
     if case.import_edits:
         return
-    texts = [standalone_text(case.scope_lines(after=after), case.scope.indent) for after in (False, True)]
-    if not case.edits or _significant_tokens(texts[0]) == _significant_tokens(texts[1]):
+    if not case.edits or _same_but_for_layout(case):
         raise _Refusal(f"The patch changes nothing in {case.label} but whitespace; make the change that was asked for.")
 
 
@@ -550,19 +549,28 @@ def _read_with_libcst(text: str) -> str | Exception:
     return outcome[0] if outcome else RuntimeError("its parser stopped")
 
 
-def _significant_tokens(text: str) -> list[tuple[int, str]] | list[str]:
-    """The tokens without layout; of text that has none, the lines without blank ones and trailing whitespace."""
+def _same_but_for_layout(case: _Case) -> bool:
+    old_lines, new_lines = case.scope_lines(after=False), case.scope_lines(after=True)
+    try:
+        return _significant_tokens(old_lines, case.scope.indent) == _significant_tokens(new_lines, case.scope.indent)
+    except (tokenize.TokenError, SyntaxError):  # `tokenize` refuses some layouts that the parser takes
+        return _same_program(*case.trees) and _comments(old_lines) == _comments(new_lines)
+
+
+def _significant_tokens(lines: Sequence[str], indent: str) -> list[tuple[int, str]]:
+    """The tokens of a definition or module without spaces, line breaks inside statements and blank lines."""
     skipped = (tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
     tokens: list[tuple[int, str]] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE):
-                tokens.append((token.type, ""))
-            elif token.type not in skipped:
-                tokens.append((token.type, token.string.rstrip() if token.type == tokenize.COMMENT else token.string))
-    except (tokenize.TokenError, SyntaxError):
-        return [line.rstrip() for line in text.split("\n") if line.strip()]
+    for token in tokenize.generate_tokens(io.StringIO(standalone_text(lines, indent)).readline):
+        if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE):
+            tokens.append((token.type, ""))
+        elif token.type not in skipped:
+            tokens.append((token.type, token.string.rstrip() if token.type == tokenize.COMMENT else token.string))
     return tokens
+
+
+def _comments(lines: Sequence[str]) -> list[str]:
+    return [line.partition("#")[2].rstrip() for line in lines if "#" in line]
 
 
 def _identifiers_outside(case: _Case) -> set[str]:

@@ -12,6 +12,7 @@ import re
 import symtable
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -400,28 +401,26 @@ class _ClassAttributes:
 
 
 def _class_attributes(tree: ast.Module) -> dict[str, _ClassAttributes]:
+    """By qualified name; names that several classes have are left out."""
     nodes = [(qualname, node) for qualname, node in definitions(tree) if isinstance(node, ast.ClassDef)]
-    own = {qualname: _own_attributes(node) for qualname, node in nodes}
-    by_name = {qualname: node for qualname, node in nodes}
-    return {qualname: _with_bases(node, own, by_name, frozenset({qualname})) for qualname, node in nodes}
+    times = Counter(qualname for qualname, _ in nodes)
+    single = {qualname: node for qualname, node in nodes if times[qualname] == 1}
+    own = {qualname: _own_attributes(node) for qualname, node in single.items()}
+    return {qualname: _with_bases(qualname, single, own, frozenset({qualname})) for qualname in single}
 
 
 def _with_bases(
-    node: ast.ClassDef,
-    own: Mapping[str, _ClassAttributes],
-    by_name: Mapping[str, ast.ClassDef],
-    seen: frozenset[str],
+    qualname: str, nodes: Mapping[str, ast.ClassDef], own: Mapping[str, _ClassAttributes], seen: frozenset[str]
 ) -> _ClassAttributes:
-    mine = own[next(qualname for qualname, other in by_name.items() if other is node)]
-    provided, closed = mine.provided, mine.closed
-    for base in node.bases:
+    provided, closed = own[qualname].provided, own[qualname].closed
+    for base in nodes[qualname].bases:
         name = base.id if isinstance(base, ast.Name) else ""
-        if name in by_name and name not in seen:
-            inherited = _with_bases(by_name[name], own, by_name, seen | {name})
+        if name in nodes and name not in seen:
+            inherited = _with_bases(name, nodes, own, seen | {name})
             provided, closed = provided | inherited.provided, closed and inherited.closed
         elif name != "object":
             closed = False
-    return _ClassAttributes(provided, mine.used, closed)
+    return _ClassAttributes(provided, own[qualname].used, closed)
 
 
 def _own_attributes(node: ast.ClassDef) -> _ClassAttributes:
