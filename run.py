@@ -107,7 +107,7 @@ def set_up() -> None:
     if not usable:
         make_venv()
     install()
-    STAMP.write_text(json.dumps(fingerprint(), indent=1), encoding="utf-8")
+    write_stamp()
     print(f"Set up in {time.monotonic() - started:.0f} s.\n", flush=True)
 
 
@@ -117,6 +117,11 @@ def fingerprint() -> dict[str, str]:
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return {"digest": digest.hexdigest(), "folder": str(ROOT)}
+
+
+def write_stamp() -> None:
+    """Record a complete set-up."""
+    STAMP.write_text(json.dumps(fingerprint(), indent=1), encoding="utf-8")
 
 
 def read_stamp() -> dict[str, str] | None:

@@ -112,8 +112,8 @@ def _as_text(summary: dict) -> str:
         f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, {host['gpu'] or 'no GPU'}, {host['system']}",
         ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         f"{counts} in {summary['duration_s']:.0f} s" + (" (a selection)" if summary["pytest_arguments"] else ""),
-        "",
     ]
+    lines += [""] if summary["figures"] else []
     lines += [
         f"{f['name']}: {f['value']}{' ' + f['unit'] if f['unit'] else ''}    ({f['test']})" for f in summary["figures"]
     ]
