@@ -57,7 +57,6 @@ class SamplingParams:
         stop: Text is cut before the first of these and generation ends.
         stop_token_ids: End tokens besides the model's own.
         grammar: Constraint on the text.
-        banned_first_token_ids: Token ids that may not be the first one generated.
     """
 
     max_new_tokens: int
@@ -71,7 +70,6 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
-    banned_first_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

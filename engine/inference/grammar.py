@@ -1,0 +1,89 @@
+"""Grammar-constrained decoding with rollback, by llguidance.
+
+llguidance was chosen over xgrammar because it compiles a grammar made for one function in milliseconds, has one wheel
+per platform for all Python versions and brings no dependencies; DECISIONS.md has the figures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import llguidance
+import numpy as np
+import torch
+
+from engine.errors import UsageError
+from engine.inference.protocol import Grammar
+
+
+class GrammarCompiler:
+    """Makes matchers for one tokenizer; building it takes a second, so it is made on first use.
+
+    Args:
+        folder: Model folder with tokenizer.json.
+        vocab_size: Length of a row of logits, which may exceed the tokenizer's.
+        eos_token_id: The end token that a complete text allows.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_id: int) -> None:
+        spec = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        self._tokenizer = llguidance.LLTokenizer(spec, n_vocab=vocab_size, eos_token=eos_token_id)
+        self._vocab_size = vocab_size
+
+    def compile(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the start of `grammar`.
+
+        Raises:
+            UsageError: The grammar cannot be compiled.
+        """
+        matcher = llguidance.LLMatcher(self._tokenizer, _llguidance_grammar(grammar), log_level=0)
+        if matcher.is_error():
+            raise UsageError(f"The {grammar.kind} grammar cannot be used: {matcher.get_error()}")
+        return GrammarMatcher(matcher, self._vocab_size)
+
+
+class GrammarMatcher:
+    """Follows a generation through a grammar. Advances by tokens and goes back by tokens."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is complete and nothing may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def allowed(self) -> torch.Tensor:
+        """The tokens that may come next, bool `[vocab_size]` on CPU."""
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.unpackbits(packed, bitorder="little")[: self._vocab_size]
+        return torch.from_numpy(bits).bool()
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token, which `allowed` must have allowed."""
+        if not self._matcher.consume_token(token_id):
+            raise AssertionError(f"the grammar does not allow token {token_id}: {self._matcher.get_error()}")
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last `num_tokens` tokens."""
+        if not self._matcher.rollback(num_tokens):
+            raise AssertionError(f"cannot go back {num_tokens} tokens: {self._matcher.get_error()}")
+
+    def forced_token_ids(self) -> list[int]:
+        """Tokens that the grammar leaves no choice about, from here on."""
+        return self._matcher.compute_ff_tokens()
+
+
+def _llguidance_grammar(grammar: Grammar) -> str:
+    if grammar.kind == "lark":
+        return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+    if grammar.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+    try:
+        json.loads(grammar.text)
+    except ValueError as fault:
+        raise UsageError(f"The JSON schema is not JSON: {fault}") from fault
+    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return llguidance.LLMatcher.grammar_from_json_schema(grammar.text, defaults=options)
