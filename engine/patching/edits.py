@@ -197,7 +197,11 @@ def resolve_anchors(
     repairs: list[str] = []
     resolved: list[Edit] = []
     for number, edit in enumerate(_mend_paths(edits, path, repairs), 1):
-        resolved.append(_place(source, scope, edit, number, repairs))
+        placed = _place(source, scope, edit, number, repairs)
+        if placed.action == "replace" and lines_of(placed.new) == lines_of(placed.pre):
+            repairs.append(f"Edit {number} was left out: it puts back the text that it replaces.")
+        else:
+            resolved.append(placed)
     return ordered(source, resolved), repairs
 
 
@@ -424,6 +428,7 @@ def _find_pre(source: Source, scope: Scope, edit: Edit, number: int) -> tuple[in
     attempts: list[tuple[list[str], bool, list[str]]] = [(exact, False, [])]
     if len(exact) > 1 and not exact[-1]:
         attempts.append((exact[:-1], False, ["a newline at the end of `pre` was dropped"]))
+        attempts.sort(key=lambda attempt: len(attempt[0]) != edit.end_line - edit.start_line + 1)
     attempts += [(lines, True, [*notes, "trailing whitespace in `pre` was overlooked"]) for lines, _, notes in attempts]
     for lines, loose, notes in attempts:
         if _is_at(source, edit.start_line, lines, loose):

@@ -31,7 +31,6 @@ from engine.patching.edits import (
     SchemaFault,
     apply_edits,
     edits_from_json,
-    lines_of,
     new_lines,
     ordered,
     resolve_anchors,
@@ -61,7 +60,7 @@ from engine.patching.scopes import (
     parse_text,
     standalone_text,
 )
-from engine.patching.source import MAX_SOURCE_BYTES, Source, declares_other_encoding
+from engine.patching.source import MAX_SOURCE_BYTES, Source, declares_other_encoding, split_lines
 
 __all__ = ["GateReport", "Verdict", "import_edit", "missing_stdlib_imports", "run_gates", "suggest_imports"]
 
@@ -176,15 +175,14 @@ class _Case:
 
     @property
     def num_import_lines(self) -> int:
-        """Lines that declared imports add above the scope."""
-        return sum(len(lines_of(edit.new)) for edit in self.import_edits if edit.start_line <= self.scope.start_line)
+        """Lines that declared imports add; all of them are above the scope."""
+        return sum(len(new_lines(edit)) for edit in self.import_edits)
 
     @property
     def new_range(self) -> tuple[int, int]:
         """First and last line of the scope in the result."""
-        below = self.source.num_lines - self.scope.end_line
-        below += sum(len(lines_of(edit.new)) for edit in self.import_edits if edit.start_line > self.scope.start_line)
-        return self.scope.start_line + self.num_import_lines, self.patched.num_lines - below
+        num_below = self.source.num_lines - self.scope.end_line
+        return self.scope.start_line + self.num_import_lines, self.patched.num_lines - num_below
 
     def scope_lines(self, *, after: bool) -> tuple[str, ...]:
         """The lines of the scope."""
@@ -317,7 +315,7 @@ def _scope(case: _Case) -> None:
         _check_definition_alone(case)
     elif case.scope.kind == "module":
         before, after = case.trees
-        if before.body and not after.body:
+        if (before.body and not after.body) or (case.source.lines and not case.patched.lines):
             raise _Refusal("The patch leaves nothing of the module; keep its code.")
     else:
         _check_outside_tree(case)
@@ -374,13 +372,16 @@ _GATES: dict[str, Callable[[_Case], None]] = {
 
 
 def _is_declared_import(case: _Case, edit: Edit) -> bool:
-    """Whether an edit only adds declared imports beside the scope."""
-    if case.scope.kind == "module" or edit.action != "insert":
+    """Whether an edit only adds declared imports above the scope."""
+    if case.scope.kind == "module" or edit.action != "insert" or edit.start_line > case.scope.start_line:
         return False
-    if case.scope.start_line < edit.start_line <= case.scope.end_line:
-        return False
-    names = imported_names(edit.new.replace("\r\n", "\n").replace("\r", "\n"))
+    names = _names_imported_by(edit)
     return names is not None and set(names) <= _declared(case.imports)
+
+
+def _names_imported_by(edit: Edit) -> list[ImportedName] | None:
+    """What an edit imports; None if it adds anything else, be it a comment."""
+    return None if "#" in edit.new else imported_names("\n".join(new_lines(edit)))
 
 
 def _declared(imports: Sequence[str]) -> set[ImportedName]:
@@ -407,8 +408,7 @@ def _check_outside_bytes(case: _Case) -> None:
     new_pairs = list(zip(case.patched.lines, case.patched.eols, strict=True))
     added = _inserted_lines(case)
     above = [pair for number, pair in enumerate(new_pairs[: start_line - 1], 1) if number not in added]
-    below = [pair for number, pair in enumerate(new_pairs[end_line:], end_line + 1) if number not in added]
-    if above != old_pairs[: case.scope.start_line - 1] or below != old_pairs[case.scope.end_line :]:
+    if above != old_pairs[: case.scope.start_line - 1] or new_pairs[end_line:] != old_pairs[case.scope.end_line :]:
         raise _Refusal(f"Lines outside {case.label} would change; change only its own lines.")
 
 
@@ -466,7 +466,7 @@ def _check_imports(case: _Case) -> None:
         return
     before, _ = case.trees
     present = set(module_imports(before))
-    added = {name for edit in case.import_edits for name in imported_names(edit.new.replace("\r", "\n")) or ()}
+    added = {name for edit in case.import_edits for name in _names_imported_by(edit) or ()}
     try:
         taken = use_of_names(case.program(after=False)).module_names
     except ParseFault:
@@ -603,6 +603,8 @@ def _check_terminators(case: _Case) -> None:
         raise _Refusal("Every line must end as the file's lines do.")
     if "" in patched.eols[:-1]:
         raise _Refusal("Only the last line may lack its newline.")
+    if split_lines(patched.text) != (patched.lines, patched.eols):
+        raise _Refusal("A line ending in a lone carriage return would run into an empty line; mend the mixed newlines.")
 
 
 def _check_indentation(case: _Case) -> None:

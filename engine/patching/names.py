@@ -196,10 +196,15 @@ def newly_missing_attributes(before: ast.Module, after: ast.Module) -> list[str]
         `Class.attribute`, sorted.
     """
     old, new = _class_attributes(before), _class_attributes(after)
+    given_from_outside = {
+        node.attr
+        for node in ast.walk(after)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and not _is_self(node.value)
+    }
     missing: list[str] = []
     for qualname, attributes in new.items():
         if qualname in old and attributes.closed and old[qualname].closed:
-            lost = (attributes.used - attributes.provided) & old[qualname].provided
+            lost = (attributes.used - attributes.provided - given_from_outside) & old[qualname].provided
             missing += [f"{qualname}.{name}" for name in lost]
     return sorted(missing)
 
@@ -454,6 +459,10 @@ def _add_self_attributes(method: ast.FunctionDef | ast.AsyncFunctionDef, provide
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == parameters[0].arg:
             (used if isinstance(node.ctx, ast.Load) else provided).add(node.attr)
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 def _import_place(source: Source, tree: ast.Module) -> tuple[int, bool]:
