@@ -273,11 +273,8 @@ class Ledger:
             LedgerError: The ledger cannot be read.
         """
         self._recover()
-        sql = """SELECT id, created_at, path, scope, intent, surface, edits, error FROM proposals
-            WHERE (?1 IS NULL OR path_key = ?1) AND created_at >= ?2 ORDER BY id DESC"""
-        rows = self._database.rows(sql, (path_key(path), "" if since is None else iso_utc(since)))
         summaries: list[Summary] = []
-        for row in rows:
+        for row in self._latest_first(path_key(path), "" if since is None else iso_utc(since)):
             if limit is not None and len(summaries) >= limit:
                 break
             standing = self._standing(row["id"])
@@ -809,6 +806,15 @@ class Ledger:
 
     def _standing(self, patch_id: str) -> Standing:
         return add_up(self._events(patch_id))
+
+    def _latest_first(self, key: str | None, since: str) -> Iterator[Any]:
+        """Rows of proposals, read page by page."""
+        sql = """SELECT id, created_at, path, scope, intent, surface, edits, error FROM proposals
+            WHERE id < ? AND (? IS NULL OR path_key = ?) AND created_at >= ? ORDER BY id DESC LIMIT 100"""
+        before = "p_~"
+        while rows := self._database.rows(sql, (before, key, key, since)):
+            yield from rows
+            before = rows[-1]["id"]
 
     def _last(self, path: Path, kinds: tuple[str, ...], *, is_applied: bool) -> Entry | None:
         self._recover()

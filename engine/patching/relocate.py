@@ -7,7 +7,9 @@ well and on one side better. One place must be left, or all that are left must g
 new text the old place must be as clear. Otherwise the block counts as not found: nothing is decided by luck. A block
 that moved past others is found by its exact text with up to three lines of context on each side, once in each text.
 
-A gap (where lines were deleted, or where an insertion is to be redone) is found by the lines next to it.
+A gap (where lines were deleted, or where an insertion is to be redone) is found by the lines next to it. They must
+still be next to each other, but for neighbours that were removed or edited line by line, and for lines written below
+the last line of a function that the gap was in.
 
 Not covered: two texts that a reader could not tell apart either, such as a function pasted twice under one name (that
 is refused); lines are compared without their terminators.
@@ -29,6 +31,8 @@ from engine.patching.source import Source
 _HEADER = re.compile(r"[ \t\f]*(?:async[ \t]+def|def|class)[ \t]+(\w+)")
 _NUM_CONTEXT_LINES = 3
 _MAX_SURROUNDING_LINES = 200
+_MIN_SIMILARITY = 0.6
+_EDGE = "\n"  # stands for the beginning or the end of a text; no line can be equal to it
 
 
 class Range(NamedTuple):
@@ -182,6 +186,10 @@ class _Text:
                 return self.scopes[index]
         return ()
 
+    def is_inside(self, line: int, scope: tuple[str, ...]) -> bool:
+        """Whether a line is in this function or class, or in one inside it."""
+        return line >= 0 and self.scopes[line][: len(scope)] == scope
+
     def starts_of(self, block: tuple[str, ...]) -> list[int]:
         """Every place where these lines stand."""
         last = len(self.lines) - len(block)
@@ -214,21 +222,51 @@ class _Search:
         last = len(self._old.lines)
         both = self.block(Range(line - 1, line + 1)) if 0 < line < last else None
         if both is not None:
-            places = {both.start + 1}
-        else:
-            above = self.block(Range(line - 1, line)) if line > 0 else None
-            below = self.block(Range(line, line + 1)) if line < last else None
-            places = {place.stop for place in (above,) if place} | {place.start for place in (below,) if place}
-        if len(places) != 1:  # none is left, or lines were written into the gap
+            return Range(both.start + 1, both.start + 1)
+        above, top = self._nearest(range(line - 1, max(line - 1 - _NUM_CONTEXT_LINES, -1), -1), Range(0, 0), -1)
+        below, bottom = self._nearest(
+            range(line, min(line + _NUM_CONTEXT_LINES, last)), Range(*[len(self._new.lines)] * 2), last
+        )
+        if above is None or below is None or above.stop > below.start:
             return None
-        place = places.pop()
-        if (
-            restored
-            and _stands_at(self._new.lines, place, restored)
-            and not _stands_at(self._old.lines, line, restored)
-        ):
+        written = Range(above.stop, below.start)
+        place = self._place_among(written, Range(top + 1, line), Range(line, bottom), restored)
+        return None if place is None else Range(place, place)
+
+    def _nearest(self, candidates: range, edge: Range, edge_line: int) -> tuple[Range | None, int]:
+        """The first of the lines that is found, and its old index; the edge of the text if the lines reach it."""
+        for index in candidates:
+            place = self._only_place(Range(index, index + 1))
+            if place is not None:
+                return place, index
+        reached = (candidates.stop == edge_line) if candidates else True
+        return (edge if reached else None), edge_line
+
+    def _only_place(self, line: Range) -> Range | None:
+        """The place of a line that no alignment sees elsewhere: stricter than a block, where the text itself helps."""
+        starts = self._aligned_places(self._old, self._new, line)
+        if len(starts) != 1:
             return None
-        return Range(place, place)
+        place = Range(starts[0], starts[0] + 1)
+        return place if self._aligned_places(self._new, self._old, place) == [line.start] else None
+
+    def _place_among(self, written: Range, above: Range, below: Range, restored: Sequence[str] | None) -> int | None:
+        """Where the gap is among lines that are new between the old lines around it."""
+        lines = self._new.lines[written.start : written.stop]
+        if not lines:
+            return written.start
+        gone = self._old.lines[above.start : below.stop]
+        if len(lines) == len(gone) and all(_is_similar(one, other) for one, other in zip(gone, lines, strict=True)):
+            return written.start + above.stop - above.start
+        scope = self._scope_of_restored(above.stop, restored or ())
+        ends_here = scope and self._new.is_inside(written.start - 1, scope)
+        goes_on = any(self._new.is_inside(line, scope) for line in range(*written) if self._new.lines[line].strip())
+        return written.start if ends_here and not goes_on and not gone else None
+
+    def _scope_of_restored(self, line: int, restored: Sequence[str]) -> tuple[str, ...]:
+        """What was around the lines that come back."""
+        whole = _Text.of([*self._old.lines[:line], *restored])
+        return whole.scope_of(Range(line, len(whole.lines)))
 
     def _clear_places(self, old: _Text, new: _Text, block: Range) -> list[int]:
         """Starts of the places that the texts themselves do not rule out."""
@@ -331,11 +369,13 @@ def _undominated(old: tuple[str, ...], new: tuple[str, ...], block: Range, start
 
 
 def _above(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
-    return lines[max(line - _MAX_SURROUNDING_LINES, 0) : line][::-1]
+    start = max(line - _MAX_SURROUNDING_LINES, 0)
+    return lines[start:line][::-1] + ((_EDGE,) if start == 0 else ())
 
 
 def _below(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
-    return lines[line : line + _MAX_SURROUNDING_LINES]
+    stop = line + _MAX_SURROUNDING_LINES
+    return lines[line:stop] + ((_EDGE,) if stop >= len(lines) else ())
 
 
 def _is_better(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -352,10 +392,9 @@ def _same_result(lines: tuple[str, ...], place: Range, starts: list[int], replac
     return all(put + lines[one + size : other + size] == lines[one:other] + put for one, other in pairs)
 
 
-def _stands_at(lines: tuple[str, ...], line: int, block: Sequence[str]) -> bool:
-    """Whether the block is right above or below a gap."""
-    wanted = tuple(block)
-    return wanted in (lines[max(line - len(wanted), 0) : line], lines[line : line + len(wanted)])
+def _is_similar(old: str, new: str) -> bool:
+    """Whether a line looks like another one edited."""
+    return SequenceMatcher(None, old, new).ratio() >= _MIN_SIMILARITY
 
 
 def _without_overlaps(places: list[Range | None]) -> list[Range | None]:
@@ -396,17 +435,24 @@ def _splice(old: Source, new: Source, placed: Sequence[tuple[Range, Change]], cu
         at = place.stop
     lines += current.lines[at:]
     eols += current.eols[at:]
-    final_newline = new.final_newline if current.final_newline == old.final_newline else current.final_newline
-    return Source(current.path, tuple(lines), _terminated(eols, current.newline, final_newline), bom)
+    as_before = current.final_newline == old.final_newline or not current.lines
+    final_newline = new.final_newline if as_before else current.final_newline
+    return Source(current.path, tuple(lines), _terminated(eols, _newline(old, current), final_newline), bom)
+
+
+def _newline(old: Source, current: Source) -> str:
+    """The file's usual terminator; what it was when none is left."""
+    return current.newline if any(current.eols) else old.newline
 
 
 def _eols(old: Source, new: Source, change: Change, current: Source, place: Range) -> Sequence[str]:
     """Terminators of the new lines: their own, unless the file was converted since."""
-    then = [*old.eols[change.old.start : change.old.stop], old.newline]
-    now = [*current.eols[place.start : place.stop], current.newline]
+    newline = _newline(old, current)
+    then = old.eols[change.old.start : change.old.stop] or (old.newline,)
+    now = current.eols[place.start : place.stop] or (newline,)
     own = new.eols[change.new.start : change.new.stop]
-    kept = all(one == other for one, other in zip(then[:-1] or then, now[:-1] or now, strict=True) if one and other)
-    return own if kept else [current.newline] * len(own)
+    kept = all(one == other for one, other in zip(then, now, strict=True) if one and other)
+    return own if kept else [newline] * len(own)
 
 
 def _terminated(eols: list[str], newline: str, final_newline: bool) -> tuple[str, ...]:
@@ -420,15 +466,14 @@ def _terminated(eols: list[str], newline: str, final_newline: bool) -> tuple[str
 def _edit(old: Source, new: Source, change: Change, current: Source, place: Range) -> Edit:
     """One change as an edit of the current text; `new` has the terminators that the lines shall get."""
     lines = new.lines[change.new.start : change.new.stop]
-    eols = [*(eol or current.newline for eol in _eols(old, new, change, current, place)[:-1]), ""]
-    action = "insert" if place.start == place.stop else "replace" if lines else "delete"
+    eols = [eol or _newline(old, current) for eol in _eols(old, new, change, current, place)]
     return Edit(
         path=current.path,
-        action=action,
+        action="insert" if place.start == place.stop else "replace" if lines else "delete",
         start_line=place.start + 1,
         end_line=place.stop,
         pre=current.text_between(place.start + 1, place.stop),
-        new="".join(line + eol for line, eol in zip(lines, eols, strict=False)),
+        new="".join(line + eol for line, eol in zip(lines, [*eols[:-1], ""], strict=False)),
     )
 
 

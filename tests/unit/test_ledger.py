@@ -162,11 +162,17 @@ def test_equal_requests_have_equal_keys_and_any_difference_another() -> None:
         "prompt_version": "1",
         "settings": {"a": 1, "b": 2},
     }
-    key = request_key(**request)
-    assert key == request_key(**(request | {"settings": {"b": 2, "a": 1}}))
-    others = [request_key(**(request | {name: {"x": "y"} if isinstance(value, dict) else value + "."}))
-              for name, value in request.items()]  # fmt: skip
-    assert len({key, *others}) == len(request) + 1
+
+    def key_with(**changes: Any) -> str:
+        changed: dict[str, Any] = {**request, **changes}
+        return request_key(**changed)
+
+    key = key_with()
+    assert key == key_with(settings={"b": 2, "a": 1})
+    others = {
+        key_with(**{name: {"x": "y"} if isinstance(value, dict) else value + "."}) for name, value in request.items()
+    }
+    assert len(others | {key}) == len(request) + 1
     assert len(key) == 64
 
 

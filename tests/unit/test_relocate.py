@@ -127,23 +127,33 @@ def test_a_gap_is_found_between_its_neighbours() -> None:
     assert gap("a\nb\nc\nd", "new\na\nb\nc\nD", 3) == 4
 
 
-def test_a_gap_is_found_when_one_neighbour_was_changed_or_removed() -> None:
-    assert gap("a\nb\nc\nd", "a\nB\nc\nd", 3) == 3
-    assert gap("a\nb\nc\nd", "a\nb\nC\nd", 3) == 3
+def test_a_gap_is_found_when_a_neighbour_was_removed() -> None:
     assert gap("a\nb\nc\nd", "a\nb\nd", 3) == 3
+    assert gap("a\nb\nc\nd", "a\nc\nd", 3) == 2
+    assert gap("a\nb", "b", 1) == 1
+
+
+def test_a_gap_is_found_when_a_neighbour_was_edited() -> None:
+    assert gap("a\nvalue = 1\nc\nd", "a\nvalue = 2\nc\nd", 3) == 3
+    assert gap("a\nb\nvalue = 1\nd", "a\nb\nvalue = 2\nd", 3) == 3
+    assert gap("a\nvalue = 1\nreturn 1\nd", "a\nvalue = 2\nreturn 2\nd", 3) == 3
+
+
+def test_a_gap_is_not_found_when_a_neighbour_gave_way_to_another_line() -> None:
+    assert gap("a\nvalue = 1\nc\nd", "a\nimport os\nc\nd", 3) is None
 
 
 def test_a_gap_with_lines_written_into_it_is_not_found() -> None:
     assert gap("a\nb\nc\nd", "a\nb\nnew\nc\nd", 3) is None
-
-
-def test_a_gap_at_the_top_and_at_the_end_moves_with_its_neighbour() -> None:
-    assert gap("a\nb", "new\na\nb", 1) == 2
-    assert gap("a\nb", "a\nb\nnew", 3) == 3
-
-
-def test_a_gap_that_was_filled_by_hand_with_the_same_lines_is_not_found() -> None:
+    assert gap("a\nb", "new\na\nb", 1) is None
     assert gap("a\nb", "restored\na\nb", 1) is None
+
+
+def test_a_gap_at_the_end_of_a_function_stays_in_it_when_another_is_written_below() -> None:
+    f, g = "def f(a):\n    b = a\n", "\n\ndef g(a):\n    return a\n"
+    assert gap(f, f + g, 3, "    return b") == 3
+    assert gap(f + "x = 1", f + g + "x = 1", 3, "    return b") == 3
+    assert gap(f, f + "    more()\n" + g, 3, "    return b") is None
 
 
 def test_a_large_file_is_searched_whole() -> None:
