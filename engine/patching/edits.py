@@ -161,6 +161,19 @@ def lines_of(text: str) -> list[str]:
     return _LINE_END.split(text)
 
 
+def line_range(start_line: int, end_line: int) -> str:
+    """Lines in words.
+
+    Args:
+        start_line: First line.
+        end_line: Last line; `start_line - 1` for the place before `start_line`.
+
+    Returns:
+        `line 3` or `lines 3-5`.
+    """
+    return f"lines {start_line}-{end_line}" if end_line > start_line else f"line {start_line}"
+
+
 def new_lines(edit: Edit) -> list[str]:
     """The lines that an edit puts in.
 
@@ -222,9 +235,8 @@ def ordered(source: Source, edits: Sequence[Edit]) -> list[Edit]:
     free_line = 1
     for edit in in_order:
         if edit.end_line > source.num_lines or edit.start_line > source.num_lines + 1:
-            raise AnchorError(
-                f"lines {edit.start_line}-{edit.end_line} are beyond the end of {source.path}, line {source.num_lines}"
-            )
+            place = line_range(edit.start_line, edit.end_line)
+            raise AnchorError(f"{place} is beyond the end of {source.path}, line {source.num_lines}")
         if edit.start_line < free_line:
             raise AnchorError(f"two edits change line {edit.start_line}; make them one")
         free_line = max(free_line, edit.end_line + 1)
@@ -412,7 +424,7 @@ def _place(source: Source, scope: Scope, edit: Edit, number: int, repairs: list[
     start_line, pre_lines, notes = _find_pre(source, scope, edit, number)
     end_line = start_line + len(pre_lines) - 1
     if (start_line, end_line) != (edit.start_line, edit.end_line):
-        moved = f"moved from lines {edit.start_line}-{edit.end_line} to {start_line}-{end_line}"
+        moved = f"moved from {line_range(edit.start_line, edit.end_line)} to {line_range(start_line, end_line)}"
         notes.append(f"{moved}, where its text is")
     if len(pre_lines) < len(lines_of(edit.pre)) and edit.new.endswith(("\n", "\r")):
         new = source.newline.join(new_lines(edit)[:-1])
@@ -446,8 +458,8 @@ def _find_pre(source: Source, scope: Scope, edit: Edit, number: int) -> tuple[in
                 f"{', '.join(map(str, places))}; give the right line or more lines"
             )
     raise AnchorError(
-        f"the `pre` of edit {number} is not at lines {edit.start_line}-{edit.end_line} nor anywhere else in lines "
-        f"{scope.start_line}-{scope.end_line}; copy the text to replace exactly"
+        f"the `pre` of edit {number} is not at {line_range(edit.start_line, edit.end_line)} nor anywhere else in "
+        f"{line_range(scope.start_line, scope.end_line)}; copy the text to replace exactly"
     )
 
 
@@ -462,11 +474,11 @@ def _is_at(source: Source, start_line: int, lines: Sequence[str], loose: bool) -
 
 def _comparison_keys(lines: Sequence[str]) -> list[str]:
     """Each line without trailing whitespace, unless a string goes on after the line."""
-    open_lines = _lines_inside_strings(lines)
+    open_lines = lines_inside_strings(lines)
     return [line if index in open_lines else line.rstrip(_WHITESPACE) for index, line in enumerate(lines)]
 
 
-def _lines_inside_strings(lines: Sequence[str]) -> frozenset[int]:
+def lines_inside_strings(lines: Sequence[str]) -> frozenset[int]:
     """0-based lines whose end lies inside a string; all of them if the lines do not parse."""
     text = standalone_text(lines, indent := _first_indent(lines))
     try:

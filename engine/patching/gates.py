@@ -31,6 +31,7 @@ from engine.patching.edits import (
     SchemaFault,
     apply_edits,
     edits_from_json,
+    line_range,
     new_lines,
     ordered,
     resolve_anchors,
@@ -394,7 +395,7 @@ def _check_edit_places(case: _Case) -> None:
         if edit in case.import_edits:
             continue
         if edit.start_line < scope.start_line or max(edit.end_line, edit.start_line - 1) > scope.end_line:
-            place = f"line {edit.start_line}" if edit.action == "insert" else f"lines {edit.start_line}-{edit.end_line}"
+            place = line_range(edit.start_line, edit.end_line)
             raise _Refusal(
                 f"Edit {number} changes {place}, outside {case.label} (lines {scope.start_line}-{scope.end_line}); "
                 "change only that, and declare imports that it needs."

@@ -132,7 +132,7 @@ def test_edits_change_only_their_lines(before: str, edits: list[Edit], after: st
     [
         ([replace(1, 2, "", ""), replace(2, 2, "", "")], "two edits change line 2"),
         ([replace(1, 3, "", ""), insert(2, "x")], "two edits change line 2"),
-        ([replace(4, 4, "", "")], "lines 4-4 are beyond the end of a.py, line 3"),
+        ([replace(4, 4, "", "")], "line 4 is beyond the end of a.py, line 3"),
         ([insert(5, "x")], "beyond the end"),
     ],
 )
@@ -164,12 +164,15 @@ F = find_scope(CODE, "f")
         (
             replace(1, 1, "\ty = 2", "\ty = 3"),
             replace(3, 3, "\ty = 2", "\ty = 3"),
-            ["Edit 1: moved from lines 1-1 to 3-3, where its text is."],
+            ["Edit 1: moved from line 1 to line 3, where its text is."],
         ),
         (
             replace(2, 3, "\ty = 2\n\tx = 1", "\ty = 3\n\tx = 1"),
             replace(3, 4, "\ty = 2\r\n\tx = 1  ", "\ty = 3\r\n\tx = 1"),
-            ["Edit 1: trailing whitespace in `pre` was overlooked; moved from lines 2-3 to 3-4, where its text is."],
+            [
+                "Edit 1: trailing whitespace in `pre` was overlooked; "
+                "moved from lines 2-3 to lines 3-4, where its text is."
+            ],
         ),
         (
             replace(2, 2, "\tx = 1", "\tx = 2"),
@@ -186,7 +189,7 @@ F = find_scope(CODE, "f")
             replace(3, 3, "\ty = 2", "\ty = 3"),
             [
                 "Edit 1: the path 'b/a.py' was taken as 'a.py', the only file edited.",
-                "Edit 1: moved from lines 3-9 to 3-3, where its text is.",
+                "Edit 1: moved from lines 3-9 to line 3, where its text is.",
             ],
         ),
         (delete(8, 8, "\ty = 2"), delete(8, 8, "\ty = 2"), []),
@@ -203,10 +206,10 @@ def test_an_edit_is_found_by_its_text(proposed: Edit, resolved: Edit, repairs: l
     [
         (
             [replace(1, 1, "\tx = 1  ", "")],
-            "edit 1 is not at line 1 but at lines 2, 4; give the right line or more lines",
+            "edit 1 is not at line 1 but at lines 2, 4; give the right line",
         ),
-        ([replace(1, 1, "\treturn 3", "")], "edit 1 is not at lines 1-1 nor anywhere else in lines 1-5; copy the text"),
-        ([replace(1, 1, "", "x = 1")], "edit 1 is not at lines 1-1"),
+        ([replace(1, 1, "\treturn 3", "")], "edit 1 is not at line 1 nor anywhere else in lines 1-5; copy the text"),
+        ([replace(1, 1, "", "x = 1")], "edit 1 is not at line 1"),
         ([replace(3, 3, "\ty = 2", "a"), replace(1, 1, "\ty = 2", "b")], "two edits change line 3; make them one"),
         ([insert(11, "x")], "edit 1 inserts before line 11 of 9"),
         (
