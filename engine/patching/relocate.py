@@ -1,11 +1,11 @@
 """Finding hunks again in a text that was edited since, and putting their other side there.
 
 A block of lines is found at a place when some longest common subsequence of the old and the new text keeps the whole
-block there, unbroken. When that holds for several places, a place is dropped if it is under another function than
-before (and that function still exists), or if another place agrees with the surroundings on both sides at least as
-well and on one side better. One place must be left, or all that are left must give the same text; and seen from the
-new text the old place must be as clear. Otherwise the block counts as not found: nothing is decided by luck. A block
-that moved past others is found by its exact text with up to three lines of context on each side, once in each text.
+block there, unbroken. When that holds for several places, those under the same functions and classes as before are
+preferred, and a place under others is never taken while the old ones still exist. One place must be left, or all that
+are left must give the same text; and seen from the new text the old place must be as clear. Otherwise the block counts
+as not found: nothing is decided by luck. A block that moved past others is found by its exact text with up to three
+lines of context on each side, once in each text.
 
 A gap (where lines were deleted, or where an insertion is to be redone) is found by the lines next to it. They must
 still be next to each other, but for neighbours that were removed or edited line by line, and for lines written below
@@ -30,9 +30,8 @@ from engine.patching.source import Source
 
 _HEADER = re.compile(r"[ \t\f]*(?:async[ \t]+def|def|class)[ \t]+(\w+)")
 _NUM_CONTEXT_LINES = 3
-_MAX_SURROUNDING_LINES = 200
 _MIN_SIMILARITY = 0.6
-_EDGE = "\n"  # stands for the beginning or the end of a text; no line can be equal to it
+_OTHER_SCOPE = 3
 
 
 class Range(NamedTuple):
@@ -206,13 +205,15 @@ class _Search:
 
     def block(self, block: Range, replacement: Sequence[str] | None = None) -> Range | None:
         """The place of a block that is not empty."""
-        starts = self._clear_places(self._old, self._new, block)
+        starts = _in_best_scope(self._old, self._new, block, self._aligned_places(self._old, self._new, block))
         if not starts:
             return self._moved(block)
         place = Range(starts[0], starts[0] + block.stop - block.start)
         if not _same_result(self._new.lines, place, starts, replacement):
             return None
-        origins = self._clear_places(self._new, self._old, place)
+        origins = self._aligned_places(self._new, self._old, place)
+        if len(origins) > 1:
+            origins = _in_best_scope(self._new, self._old, place, origins)
         if block.start not in origins or not _same_result(self._old.lines, block, origins, replacement):
             return None
         return place
@@ -221,7 +222,7 @@ class _Search:
         """The place of the gap before a line, found by its neighbours."""
         last = len(self._old.lines)
         both = self.block(Range(line - 1, line + 1)) if 0 < line < last else None
-        if both is not None:
+        if both is not None and (self._only_place(Range(line - 1, line)) or self._only_place(Range(line, line + 1))):
             return Range(both.start + 1, both.start + 1)
         above, top = self._nearest(range(line - 1, max(line - 1 - _NUM_CONTEXT_LINES, -1), -1), Range(0, 0), -1)
         below, bottom = self._nearest(
@@ -268,12 +269,6 @@ class _Search:
         whole = _Text.of([*self._old.lines[:line], *restored])
         return whole.scope_of(Range(line, len(whole.lines)))
 
-    def _clear_places(self, old: _Text, new: _Text, block: Range) -> list[int]:
-        """Starts of the places that the texts themselves do not rule out."""
-        aligned = self._aligned_places(old, new, block)
-        in_scope = [start for start in aligned if _is_in_scope(old, new, block, start)]
-        return _undominated(old.lines, new.lines, block, in_scope)
-
     def _aligned_places(self, old: _Text, new: _Text, block: Range) -> list[int]:
         """Starts of the places where a longest common subsequence keeps the block."""
         size = block.stop - block.start
@@ -297,7 +292,7 @@ class _Search:
         if len(starts) != 1 or len(old.starts_of(lines)) != 1:
             return None
         start = starts[0] + block.start - window.start
-        if not _is_in_scope(old, new, block, start):
+        if not _in_best_scope(old, new, block, [start]):
             return None
         return Range(start, start + block.stop - block.start)
 
@@ -349,37 +344,22 @@ def _num_equal(left: Sequence[str], right: Sequence[str]) -> int:
     return min(len(left), len(right))
 
 
-def _is_in_scope(old: _Text, new: _Text, block: Range, start: int) -> bool:
-    """Whether a place is under the same functions and classes, or those are gone (renamed)."""
+def _in_best_scope(old: _Text, new: _Text, block: Range, starts: list[int]) -> list[int]:
+    """The places under the same functions and classes as before; else those that cannot be said to be under others."""
     before = old.scope_of(block)
-    after = new.scope_of(Range(start, start + block.stop - block.start))
-    return before == after or not before or before not in new.all_scopes
-
-
-def _undominated(old: tuple[str, ...], new: tuple[str, ...], block: Range, starts: list[int]) -> list[int]:
-    """Drop places whose surroundings fit less well than another's on one side and no better on the other."""
-    if len(starts) < 2:
-        return starts
     size = block.stop - block.start
-    above, below = _above(old, block.start), _below(old, block.stop)
-    fits = [(_num_equal(above, _above(new, s)), _num_equal(below, _below(new, s + size))) for s in starts]
-    rivals = set(fits)
-    best = {fit for fit in rivals if not any(_is_better(other, fit) for other in rivals)}
-    return [start for start, fit in zip(starts, fits, strict=True) if fit in best]
+    ranks = {start: _scope_rank(before, new.scope_of(Range(start, start + size)), new) for start in starts}
+    best = min(ranks.values(), default=_OTHER_SCOPE)
+    return [] if best == _OTHER_SCOPE else [start for start in starts if ranks[start] == best]
 
 
-def _above(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
-    start = max(line - _MAX_SURROUNDING_LINES, 0)
-    return lines[start:line][::-1] + ((_EDGE,) if start == 0 else ())
-
-
-def _below(lines: tuple[str, ...], line: int) -> tuple[str, ...]:
-    stop = line + _MAX_SURROUNDING_LINES
-    return lines[line:stop] + ((_EDGE,) if stop >= len(lines) else ())
-
-
-def _is_better(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
+def _scope_rank(before: tuple[str, ...], after: tuple[str, ...], new: _Text) -> int:
+    if before == after:
+        return 0
+    num_shared = min(len(before), len(after))
+    if before[:num_shared] == after[:num_shared]:  # dedented text in a string hides the rest
+        return 1
+    return _OTHER_SCOPE if before in new.all_scopes else 2  # it may have been renamed
 
 
 def _same_result(lines: tuple[str, ...], place: Range, starts: list[int], replacement: Sequence[str] | None) -> bool:
