@@ -189,7 +189,7 @@ class PrefixCache:
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    for index, (one, other) in enumerate(zip(left, right)):
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return index
     return min(len(left), len(right))

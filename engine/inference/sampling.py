@@ -1,4 +1,4 @@
-"""From logits to the next token: repetition penalty, then grammar mask, then greedy or temperature, top-k, top-p, min-p."""
+"""From logits to the next token: repetition penalty, grammar mask, then greedy or temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 

@@ -1,0 +1,505 @@
+"""The engine in this process: one thread owns the model, everyone else queues a request and awaits it.
+
+One step advances one request by one prefill chunk or one token; before each step the scheduler picks the request that
+matters most, so an interactive request pauses a background one at the next step, and a cancelled request stops there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import ContextLengthError, EngineError, PlanPatchError
+from engine.inference.adapters import BASE, AdapterFiles, AdapterSwitch, read_adapter
+from engine.inference.loading import LoadedModel, context_length_of
+from engine.inference.protocol import (
+    Completion,
+    EngineStatus,
+    Event,
+    FinishReason,
+    GenerationRequest,
+    Token,
+)
+from engine.inference.text_stop import StopText
+from engine.inference.tokenizer import Detokenizer, HFChatTokenizer
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from engine.inference.grammar import GrammarCompiler, GrammarMatcher
+    from engine.inference.kv_cache import PrefixCache
+    from engine.inference.sampling import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of the engine.
+
+    Args:
+        max_waiting: Requests in the queue; one more is refused.
+        prefill_chunk_tokens: Tokens of one prefill step on CPU; a cancel waits for at most this many.
+        prefill_chunk_tokens_gpu: The same on a GPU.
+        prefix_cache_bytes: Memory for KV caches of ended requests.
+    """
+
+    max_waiting: int = 64
+    prefill_chunk_tokens: int = 128
+    prefill_chunk_tokens_gpu: int = 2048
+    prefix_cache_bytes: int = 512 * 1024 * 1024
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """One request on its way through the engine; `token_ids` is the prompt and what was generated."""
+
+    id: str
+    order: int
+    request: GenerationRequest
+    adapter: AdapterFiles | None
+    submitted_at: float
+    token_ids: list[int]
+    detokenizer: Detokenizer
+    stop_text: StopText
+    events: queue.SimpleQueue[Event | PlanPatchError] = field(default_factory=queue.SimpleQueue)
+    is_cancelled: bool = False
+    is_admitted: bool = False
+    kv_cache: Cache | None = None
+    sampler: Sampler | None = None
+    matcher: GrammarMatcher | None = None
+    num_computed: int = 0
+    num_cached_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def adapter_digest(self) -> str:
+        return self.adapter.digest if self.adapter else BASE
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.request.priority, self.order
+
+
+class InProcessEngine:
+    """The `Engine` of protocol.py, with the model in this process.
+
+    Args:
+        name: What the user called the model.
+        folder: Model folder; its tokenizer is read at once, its weights by `load` on the engine's thread.
+        load: Reads the weights.
+        digest: sha256 that names the weights.
+        adapter: Adapter folder to start with, None for the base.
+        config: Limits.
+
+    Raises:
+        ModelError: The folder's tokenizer or configuration cannot be read.
+        AdapterError: The adapter cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        load: Callable[[], LoadedModel],
+        *,
+        digest: str = "",
+        adapter: Path | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        self._config = config or EngineConfig()
+        self._tokenizer = HFChatTokenizer(folder)
+        self._context_length = context_length_of(folder)
+        self._load = load
+        self._sequences: dict[str, _Sequence] = {}
+        self._changed = threading.Condition()
+        self._order = itertools.count()
+        self._adapter = read_adapter(adapter) if adapter else None
+        self._status = EngineStatus("loading", name, model_digest=digest, context_length=self._context_length)
+        self._is_closing = False
+        self._loaded: LoadedModel | None = None
+        self._thread = threading.Thread(target=self._run, name="planpatch-engine", daemon=True)
+        self._thread.start()
+
+    # --- what everyone else sees ----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> HFChatTokenizer:
+        """The model's tokenizer, usable while the model loads."""
+        return self._tokenizer
+
+    def submit(self, request: GenerationRequest) -> str:
+        """Queue a request and return its id.
+
+        Args:
+            request: What to generate.
+
+        Returns:
+            The id for `stream` and `cancel`.
+
+        Raises:
+            EngineError: The queue is full, or the engine is closed or failed.
+            ContextLengthError: Prompt and `max_new_tokens` exceed the model's context.
+        """
+        self._check_length(request)
+        adapter = self._adapter_of(request)
+        with self._changed:
+            self._check_open()
+            num_waiting = sum(not sequence.is_admitted for sequence in self._sequences.values())
+            if num_waiting >= self._config.max_waiting:
+                raise EngineError(
+                    f"The engine's queue is full ({num_waiting} requests are waiting)",
+                    hint="Try again in a few seconds.",
+                    queue_full=True,
+                )
+            order = next(self._order)
+            sequence = _Sequence(
+                id=f"g{order}",
+                order=order,
+                request=request,
+                adapter=adapter,
+                submitted_at=time.monotonic(),
+                token_ids=list(request.prompt_token_ids),
+                detokenizer=Detokenizer(self._tokenizer),
+                stop_text=StopText(request.params.stop),
+            )
+            self._sequences[sequence.id] = sequence
+            self._changed.notify_all()
+        return sequence.id
+
+    def stream(self, request_id: str) -> Iterator[Event]:
+        """Yield `Token` events, then one `Completion`; leaving early cancels the request.
+
+        Args:
+            request_id: What `submit` returned; each request can be streamed once.
+
+        Yields:
+            The events.
+
+        Raises:
+            EngineError: The id is unknown, or the engine failed.
+        """
+        with self._changed:
+            sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise EngineError(f"There is no request {request_id}, or it was streamed before")
+        try:
+            while True:
+                event = sequence.events.get()
+                if isinstance(event, PlanPatchError):
+                    raise event
+                yield event
+                if isinstance(event, Completion):
+                    return
+        finally:
+            self.cancel(request_id)
+            with self._changed:
+                if not sequence.is_admitted:
+                    self._sequences.pop(request_id, None)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request at the next step; unknown or ended ids are ignored."""
+        with self._changed:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                sequence.is_cancelled = True
+                self._changed.notify_all()
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing now."""
+        with self._changed:
+            running = sum(sequence.is_admitted for sequence in self._sequences.values())
+            return replace(
+                self._status,
+                num_running=running,
+                num_waiting=len(self._sequences) - running,
+                adapter=str(self._adapter.folder) if self._adapter else None,
+                adapter_digest=self._adapter.digest if self._adapter else BASE,
+            )
+
+    def use_adapter(self, path: str | None) -> None:
+        """Make an adapter folder (None or `__none__`: the base) the current one for requests submitted from now on.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            AdapterError: Missing, damaged, or made for another base.
+        """
+        adapter = read_adapter(Path(path)) if path and path != BASE else None
+        if adapter is not None and self._loaded is not None:
+            from engine.inference.adapters import check_fits
+
+            check_fits(adapter, self._loaded.model)
+        with self._changed:
+            self._adapter = adapter
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> None:
+        """Wait for the weights.
+
+        Args:
+            timeout_s: Longest wait; None waits for ever.
+
+        Raises:
+            EngineError: Loading took longer, or the engine was closed.
+            ModelError: Loading failed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._status.state != "loading", timeout_s):
+                raise EngineError(f"{self._status.model} is still loading after {timeout_s} s")
+            self._check_open()
+
+    def close(self) -> None:
+        """Cancel everything and free the model."""
+        with self._changed:
+            self._is_closing = True
+            for sequence in self._sequences.values():
+                sequence.is_cancelled = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> InProcessEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_length(self, request: GenerationRequest) -> None:
+        num_prompt, num_new = len(request.prompt_token_ids), request.params.max_new_tokens
+        if num_prompt == 0 or num_new < 1:
+            raise EngineError("A request needs a prompt and at least one new token")
+        if num_prompt + num_new > self._context_length:
+            raise ContextLengthError(
+                f"The prompt ({num_prompt} tokens) and the expected output ({num_new}) exceed the model's context "
+                f"of {self._context_length} tokens",
+                hint="Select a smaller function, or a model with a longer context.",
+                num_prompt_tokens=num_prompt,
+                max_new_tokens=num_new,
+                context_length=self._context_length,
+            )
+
+    def _adapter_of(self, request: GenerationRequest) -> AdapterFiles | None:
+        if request.adapter is None:
+            return self._adapter
+        return None if request.adapter == BASE else read_adapter(Path(request.adapter))
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._is_closing:
+            raise EngineError("The engine is closed")
+
+    # --- the engine's thread --------------------------------------------------------------------------------------
+
+    _failure: PlanPatchError | None = None
+
+    def _run(self) -> None:
+        try:
+            self._start()
+            while (sequence := self._schedule()) is not None:
+                self._step(sequence)
+        except PlanPatchError as error:
+            self._fail(error)
+        except Exception as fault:
+            self._fail(EngineError(f"The engine failed: {type(fault).__name__}: {fault}", hint="Restart PlanPatch."))
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        from engine.inference.kv_cache import PrefixCache
+
+        loaded = self._load()
+        self._prefix_cache: PrefixCache = PrefixCache(self._config.prefix_cache_bytes)
+        self._switch = AdapterSwitch(loaded.model)
+        self._grammar_compiler: GrammarCompiler | None = None
+        self._switch.activate(self._adapter)
+        on_gpu = loaded.device.type != "cpu"
+        self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
+        with self._changed:
+            self._loaded = loaded
+            self._status = replace(
+                self._status,
+                state="ready",
+                model_digest=loaded.digest,
+                device=str(loaded.device),
+                quantization=loaded.quantization,
+                memory_bytes=int(loaded.model.get_memory_footprint()),
+            )
+            self._changed.notify_all()
+
+    def _schedule(self) -> _Sequence | None:
+        """The request to advance next, after a wait if there is none; None when the engine closes."""
+        with self._changed:
+            while True:
+                if self._is_closing:
+                    return None
+                if self._sequences:
+                    sequence = min(self._sequences.values(), key=lambda sequence: sequence.rank)
+                    cancelled = next((one for one in self._sequences.values() if one.is_cancelled), None)
+                    return cancelled or sequence
+                self._changed.wait()
+
+    def _step(self, sequence: _Sequence) -> None:
+        """Admit if new, then run the model on one chunk; once the prompt is through, sample, and end if it is over."""
+        if sequence.is_cancelled:
+            return self._finish(sequence, FinishReason.CANCELLED)
+        started_at = time.monotonic()
+        is_prefill = sequence.num_generated == 0
+        try:
+            if not sequence.is_admitted:
+                self._admit(sequence)
+            self._switch.activate(sequence.adapter)
+            logits = self._run_model(sequence)
+            token_id = None if logits is None else self._sample(sequence, logits)
+        except PlanPatchError as error:
+            return self._refuse(sequence, error)
+        except Exception as fault:
+            return self._refuse_or_fail(sequence, fault)
+        elapsed_s = time.monotonic() - started_at
+        if is_prefill:
+            sequence.prefill_s += elapsed_s
+        else:
+            sequence.decode_s += elapsed_s
+        reason = self._postprocess(sequence, token_id)
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _admit(self, sequence: _Sequence) -> None:
+        from engine.inference.kv_cache import new_kv_cache
+        from engine.inference.sampling import Sampler
+
+        assert self._loaded is not None
+        request, loaded = sequence.request, self._loaded
+        sequence.is_admitted = True
+        sequence.queue_s = time.monotonic() - sequence.submitted_at
+        sequence.sampler = Sampler(request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device)
+        if request.params.grammar is not None:
+            sequence.matcher = self._compiler().compile(request.params.grammar)
+        sequence.kv_cache = self._prefix_cache.take(sequence.adapter_digest, sequence.token_ids)
+        if sequence.kv_cache is None:
+            sequence.kv_cache = new_kv_cache(loaded.model.config)
+        sequence.num_computed = sequence.num_cached_tokens = sequence.kv_cache.get_seq_length()
+
+    def _compiler(self) -> GrammarCompiler:
+        from engine.inference.grammar import GrammarCompiler
+
+        assert self._loaded is not None
+        if self._grammar_compiler is None:
+            eos = min(self._tokenizer.eos_token_ids)
+            self._grammar_compiler = GrammarCompiler(self._loaded.folder, self._loaded.vocab_size, eos)
+        return self._grammar_compiler
+
+    def _run_model(self, sequence: _Sequence):
+        """Compute the next chunk of `token_ids`; logits `[vocab_size]` of the last token once all are computed."""
+        import torch
+
+        assert self._loaded is not None
+        end = min(len(sequence.token_ids), sequence.num_computed + self._chunk_tokens)
+        chunk = torch.tensor([sequence.token_ids[sequence.num_computed : end]], device=self._loaded.device)
+        with torch.inference_mode():
+            output = self._loaded.model(
+                input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True, logits_to_keep=1
+            )
+        sequence.num_computed = end
+        return output.logits[0, -1] if end == len(sequence.token_ids) else None
+
+    def _sample(self, sequence: _Sequence, logits) -> int:
+        assert sequence.sampler is not None
+        allowed = sequence.matcher.allowed().to(logits.device) if sequence.matcher else None
+        return sequence.sampler.choose(logits, allowed)
+
+    def _postprocess(self, sequence: _Sequence, token_id: int | None) -> FinishReason | None:
+        """Take the new token in, send its text out, and say why the generation is over, if it is."""
+        params = sequence.request.params
+        if token_id is not None:
+            if token_id in self._tokenizer.eos_token_ids or token_id in params.stop_token_ids:
+                return FinishReason.STOP
+            sequence.token_ids.append(token_id)
+            text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
+            sequence.events.put(Token((token_id,), text))
+            if sequence.matcher is not None:
+                sequence.matcher.advance(token_id)
+            if sequence.stop_text.is_stopped or (sequence.matcher is not None and sequence.matcher.is_complete):
+                return FinishReason.STOP
+            if sequence.num_generated >= params.max_new_tokens:
+                return FinishReason.LENGTH
+        if params.max_time_s is not None and sequence.prefill_s + sequence.decode_s >= params.max_time_s:
+            return FinishReason.TIME
+        return None
+
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        from engine.inference.kv_cache import KVCache
+
+        rest = sequence.stop_text.push(sequence.detokenizer.flush()) + sequence.stop_text.flush()
+        if rest:
+            sequence.events.put(Token((), rest))
+        if isinstance(sequence.kv_cache, KVCache):
+            sequence.kv_cache.truncate(min(sequence.num_computed, sequence.kv_cache.num_tokens))
+            self._prefix_cache.put(sequence.adapter_digest, sequence.token_ids, sequence.kv_cache)
+        self._forget(sequence)
+        sequence.events.put(
+            Completion(
+                token_ids=tuple(sequence.token_ids[sequence.num_prompt_tokens :]),
+                text=sequence.stop_text.text,
+                finish_reason=reason,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_cached_tokens=sequence.num_cached_tokens,
+                queue_s=sequence.queue_s if sequence.is_admitted else time.monotonic() - sequence.submitted_at,
+                prefill_s=sequence.prefill_s,
+                decode_s=sequence.decode_s,
+                adapter=sequence.adapter_digest,
+            )
+        )
+
+    def _refuse(self, sequence: _Sequence, error: PlanPatchError) -> None:
+        self._forget(sequence)
+        sequence.events.put(error)
+
+    def _refuse_or_fail(self, sequence: _Sequence, fault: Exception) -> None:
+        """Out of memory ends one request; any other fault of the device is sticky and ends the engine."""
+        import torch
+
+        if not isinstance(fault, torch.OutOfMemoryError):
+            raise fault
+        self._prefix_cache.clear()
+        sequence.kv_cache = None
+        torch.cuda.empty_cache()
+        self._refuse(
+            sequence, EngineError(f"Out of memory on {self._status.device}", hint="Select a smaller function.")
+        )
+
+    def _forget(self, sequence: _Sequence) -> None:
+        with self._changed:
+            self._sequences.pop(sequence.id, None)
+            self._changed.notify_all()
+
+    def _fail(self, error: PlanPatchError) -> None:
+        with self._changed:
+            self._failure = error
+            self._status = replace(self._status, state="failed", message=error.message)
+            self._changed.notify_all()
+
+    def _stop(self) -> None:
+        with self._changed:
+            left, self._sequences = list(self._sequences.values()), {}
+            if self._failure is None:
+                self._status = replace(self._status, state="closed")
+            self._changed.notify_all()
+        self._loaded = None
+        for sequence in left:
+            sequence.events.put(self._failure or EngineError("The engine was closed"))

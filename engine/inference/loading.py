@@ -1,0 +1,218 @@
+"""From a model folder to weights on a device.
+
+8-bit (bitsandbytes) on CUDA by default, NF4 by choice, bf16 or fp32 without quantization. Weights are read from
+safetensors only and no code of the model's author is run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from engine.errors import ModelError
+from engine.inference.tokenizer import HFChatTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
+
+_INSTALL_CUDA = "Install planpatch[cuda], or choose the quantization bf16"
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to run; owned by the engine's thread.
+
+    Args:
+        name: What the user called it.
+        digest: sha256 that names the weights.
+        folder: Where it was read from.
+        model: The module, in eval mode on `device`.
+        tokenizer: Its tokenizer.
+        device: Where it is.
+        quantization: How the weights are held.
+        context_length: Most tokens of prompt and output together.
+        vocab_size: Length of a row of logits.
+    """
+
+    name: str
+    digest: str
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: HFChatTokenizer
+    device: torch.device
+    quantization: Quantization
+    context_length: int
+    vocab_size: int
+
+
+def context_length_of(folder: Path) -> int:
+    """Most tokens that a model takes, from its config.json; reads no weights.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        `max_position_embeddings`, or 4096 where the file does not say.
+
+    Raises:
+        ModelError: config.json cannot be read.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {fault}", hint="Pull the model again.") from fault
+    text_config = config.get("text_config") or config
+    return int(text_config.get("max_position_embeddings") or 4096)
+
+
+def set_allocator_defaults() -> None:
+    """Let CUDA's allocator grow segments, unless the user chose otherwise. Call before torch is imported."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and "torch" not in sys.modules and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` made concrete: the first CUDA GPU that torch can use, else the CPU.
+
+    Args:
+        wanted: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        `cpu` or `cuda:N`.
+
+    Raises:
+        ModelError: A GPU was asked for and torch sees none.
+    """
+    set_allocator_defaults()
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"device {wanted} was asked for, but this torch ({torch.__version__}) sees no CUDA GPU",
+            hint="planpatch doctor says what to install; device=cpu works now.",
+        )
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ModelError(f"device {wanted} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    return f"cuda:{index}"
+
+
+def choose_quantization(wanted: str, device: str) -> Quantization:
+    """`auto` made concrete: int8 on CUDA, bf16 on CPU.
+
+    Args:
+        wanted: `auto`, `int8`, `nf4`, `bf16`, `fp16` or `fp32`.
+        device: `cpu` or `cuda:N`.
+
+    Returns:
+        The quantization.
+
+    Raises:
+        ModelError: The device cannot hold weights that way.
+    """
+    chosen = wanted if wanted != "auto" else ("int8" if device != "cpu" else "bf16")
+    if device == "cpu" and chosen in ("int8", "nf4"):
+        raise ModelError(
+            f"quantization {chosen} needs a CUDA GPU; on CPU it decodes 1–2 tokens/s",
+            hint="Leave the quantization at auto: bf16 on CPU.",
+        )
+    return chosen  # type: ignore[return-value]
+
+
+def load_model(
+    name: str, digest: str, folder: Path, *, device: str = "auto", quantization: str = "auto", dtype: str = "auto"
+) -> LoadedModel:
+    """Read a model folder onto a device.
+
+    Args:
+        name: What the user called the model.
+        digest: sha256 that names the weights.
+        folder: Folder with config.json, safetensors and a tokenizer.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        quantization: `auto`, `int8`, `nf4`, `bf16`, `fp16` or `fp32`.
+        dtype: Of weights that are not quantized and of activations: `auto`, `bfloat16`, `float16` or `float32`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModelError: It cannot be read, or does not fit into memory.
+    """
+    device = choose_device(device)
+    chosen = choose_quantization(quantization, device)
+    import torch
+
+    try:
+        with _quiet_transformers():
+            model = _read_weights(folder, device, chosen, dtype)
+    except torch.OutOfMemoryError as fault:
+        raise ModelError(
+            f"{name} does not fit into the memory of {device} as {chosen}",
+            hint="Choose a smaller model (planpatch models list) or the quantization nf4, or free the GPU.",
+        ) from fault
+    except ImportError as fault:
+        raise ModelError(f"{name} cannot be loaded as {chosen}: {fault}", hint=_INSTALL_CUDA) from fault
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise ModelError(
+            f"{name} cannot be loaded from {folder}: {fault}",
+            hint=f"Pull it again: planpatch models pull {name} --force",
+        ) from fault
+    return LoadedModel(
+        name=name,
+        digest=digest,
+        folder=folder,
+        model=model.eval(),
+        tokenizer=HFChatTokenizer(folder),
+        device=torch.device(device),
+        quantization=chosen,
+        context_length=context_length_of(folder),
+        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+    )
+
+
+def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    weights_dtype = getattr(torch, dtype) if dtype != "auto" else plain.get(quantization, torch.float16)
+    arguments: dict[str, Any] = {"dtype": weights_dtype, "use_safetensors": True, "local_files_only": True}
+    if quantization == "int8":
+        arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "nf4":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weights_dtype
+        )
+    if device != "cpu":
+        arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
+    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    model.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of transformers on the terminal while weights load."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,670 @@
+"""From source text and an intent to a plan, and from there to a proved patch.
+
+    context ─▶ PLAN ─▶ PATCH ─▶ gates ─▶ (one repair attempt that names the gate) ─▶ ledger: proposed or refused
+
+Not covered: applying a patch (ledger.py) and everything a surface does.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import BudgetError, CancelledError, ContextLengthError, GateError, RefusedError, StaleTextError
+from engine.inference.protocol import (
+    Completion,
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    Priority,
+    SamplingParams,
+    Token,
+)
+from engine.patching.context import Context, build_context
+from engine.patching.edits import Edit, apply_edits, edits_from_json, resolve_anchors, unified_diff
+from engine.patching.formats import FORMATS, Answer, EditFormat, FormatName, strip_thinking
+from engine.patching.gates import GateReport, run_gates
+from engine.patching.ledger import Ledger, request_key
+from engine.patching.ledger_records import Entry, PlanRecord, Proposal, Surface
+from engine.patching.names import import_edit, suggest_imports
+from engine.patching.prompts import PROMPT_VERSION, Feedback, Task, plan_messages, repair_turns
+from engine.patching.scopes import Scope, find_scope
+from engine.patching.source import Source
+
+Stage = Literal["plan", "patch", "repair"]
+Listener = Callable[[Stage, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """Budgets and sampling of PLAN or PATCH; the defaults of DECISIONS.md.
+
+    Args:
+        max_new_tokens: Token budget; for `rewrite` its lower bound.
+        repetition_penalty: transformers' meaning.
+        max_time_s: Wall clock from leaving the queue; None for no limit.
+        temperature: 0 is greedy.
+        top_k: For sampling.
+        top_p: For sampling.
+        seed: For sampling.
+    """
+
+    max_new_tokens: int
+    repetition_penalty: float
+    max_time_s: float | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def params(self, max_new_tokens: int, **more: Any) -> SamplingParams:
+        """Sampling parameters with a token budget."""
+        sampling = {"top_k": self.top_k, "top_p": self.top_p, "seed": self.seed} if self.temperature > 0 else {}
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            max_time_s=self.max_time_s,
+            temperature=self.temperature,
+            repetition_penalty=self.repetition_penalty,
+            **sampling,
+            **more,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PatcherOptions:
+    """How plans and patches are made.
+
+    Args:
+        plan: Budgets of PLAN.
+        patch: Budgets of PATCH.
+        tokens_per_function_token: For `rewrite`: budget per token of the function.
+        extra_tokens: For `rewrite`: added to that.
+        edit_format: `rewrite` or `json_edits`; `auto` is what the bench says.
+        surroundings_chars: Characters of surroundings, the function not counted.
+        context_tokens: Tokens of surroundings, the function not counted.
+        style: A sentence on code style.
+        num_repairs: Repair attempts after a gate refused.
+        priority: Of every request.
+        surface: Who asks, for the ledger.
+    """
+
+    plan: StageOptions = StageOptions(16, 1.10, 60.0)
+    patch: StageOptions = StageOptions(192, 1.03, 180.0)
+    tokens_per_function_token: float = 1.3
+    extra_tokens: int = 64
+    edit_format: Literal["auto", "rewrite", "json_edits"] = "auto"
+    surroundings_chars: int = 1200
+    context_tokens: int = 1024
+    style: str = ""
+    num_repairs: int = 1
+    priority: Priority = Priority.INTERACTIVE
+    surface: Surface = "cli"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went.
+
+    Args:
+        queue_s: Seconds in the queue.
+        prefill_s: Seconds of prefill.
+        decode_s: Seconds of decode.
+        total_s: Seconds from asking to having it.
+        num_prompt_tokens: Prompt tokens, cached ones included.
+        num_cached_tokens: Prompt tokens that the prefix cache held.
+        num_tokens: Generated tokens.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_tokens: int = 0
+
+    def plus(self, completion: Completion) -> Timings:
+        """With one more generation."""
+        return Timings(
+            self.queue_s + completion.queue_s,
+            self.prefill_s + completion.prefill_s,
+            self.decode_s + completion.decode_s,
+            self.total_s,
+            self.num_prompt_tokens + completion.num_prompt_tokens,
+            self.num_cached_tokens + completion.num_cached_tokens,
+            self.num_tokens + len(completion.token_ids),
+        )
+
+    def to_json(self) -> dict[str, float | int]:
+        """The timings for programs."""
+        seconds = {name: round(getattr(self, name), 4) for name in ("queue_s", "prefill_s", "decode_s", "total_s")}
+        return {
+            **seconds,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_tokens": self.num_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done to a function, in a few words. The model writes the steps only.
+
+    Args:
+        id: Names the plan in the ledger.
+        path: The file.
+        scope: What is to be changed.
+        base_sha256: sha256 of the file's bytes that it was made for.
+        intent: What the user asked for.
+        steps: What the model wrote, or what the user made of it.
+        truncated: Whether the token limit ended it.
+        dropped: Surroundings that did not fit, in words.
+        timings: Where the time went.
+    """
+
+    id: str
+    path: str
+    scope: Scope
+    base_sha256: str
+    intent: str
+    steps: tuple[str, ...]
+    truncated: bool = False
+    dropped: tuple[str, ...] = ()
+    timings: Timings = Timings()
+
+    @property
+    def text(self) -> str:
+        """The steps as lines."""
+        return "\n".join(self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as `/plan` returns it."""
+        scope = self.scope
+        return {
+            "id": self.id,
+            "function": scope.qualname,
+            "kind": scope.kind,
+            "path": self.path,
+            "range": {"start_line": scope.start_line, "end_line": scope.end_line},
+            "hash": self.base_sha256,
+            "intent": self.intent,
+            "steps": list(self.steps),
+            "truncated": self.truncated,
+            "dropped": list(self.dropped),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A patch that every gate passed.
+
+    Args:
+        id: Names it in the ledger; empty without one.
+        source: The file before.
+        patched: The file after.
+        scope: What was changed.
+        edits: Minimal hunks in the coordinates of `source`.
+        imports: Imports that it declares.
+        report: Every gate's verdict.
+        diff: Unified diff.
+        timings: Where the time went.
+        num_attempts: 1, or 2 after a repair.
+        is_known: Whether the ledger had it already.
+    """
+
+    id: str
+    source: Source
+    patched: Source
+    scope: Scope
+    edits: tuple[Edit, ...]
+    imports: tuple[str, ...]
+    report: GateReport | None
+    diff: str
+    timings: Timings
+    num_attempts: int = 1
+    is_known: bool = False
+    gates: Sequence[Any] = ()
+    repairs: Sequence[Any] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The patch as `/patch_smart` returns it."""
+        return {
+            "ok": True,
+            "patch_id": self.id,
+            "path": self.source.path,
+            "function": self.scope.qualname,
+            "edits": [edit.to_json() for edit in self.edits],
+            "imports": list(self.imports),
+            "diff": self.diff,
+            "patched": self.patched.text,
+            "gates": list(self.gates),
+            "repairs": list(self.repairs),
+            "timings": self.timings.to_json(),
+            "attempts": self.num_attempts,
+            "known": self.is_known,
+        }
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One answer of the model and what the gates said."""
+
+    answer_text: str
+    answer: Answer
+    report: GateReport
+    imports: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Job:
+    """One PATCH on its way."""
+
+    source: Source
+    scope: Scope
+    task: Task
+    plan_text: str
+    edit_format: EditFormat
+    key: str
+    started_at: float
+    timings: Timings = field(default_factory=Timings)
+    gates_seen: list[Any] = field(default_factory=list)
+
+
+class Patcher:
+    """Plans and patches with one engine and one ledger. Thread-safe as they are.
+
+    Args:
+        engine: The model.
+        ledger: Where proposals are kept; None keeps none (then ids are empty).
+        options: Budgets and formats.
+    """
+
+    def __init__(self, engine: Engine, ledger: Ledger | None, options: PatcherOptions | None = None) -> None:
+        self.engine = engine
+        self.ledger = ledger
+        self.options = options or PatcherOptions()
+
+    # --- plan -----------------------------------------------------------------------------------------------------
+
+    def plan(self, source: Source, scope: Scope, intent: str, *, listener: Listener | None = None) -> Plan:
+        """Write a plan.
+
+        Args:
+            source: The file.
+            scope: What to change.
+            intent: What the user wants.
+            listener: Called with `plan` and each piece of text.
+
+        Returns:
+            The plan, in the ledger if there is one.
+
+        Raises:
+            BudgetError: Time ran out.
+            ContextLengthError: The function does not fit.
+            CancelledError: The request was cancelled.
+        """
+        started_at = time.monotonic()
+        context = self._fitting_context(source, scope)
+        messages = plan_messages(Task(context, intent, self.options.style))
+        params = self.options.plan.params(self.options.plan.max_new_tokens, stop=("\n\n", "```"))
+        completion = self._generate(messages, "", params, scope, "plan", listener)
+        _check_ended(completion, "PLAN", is_plan=True)
+        truncated = completion.finish_reason is FinishReason.LENGTH
+        plan = Plan(
+            id=f"plan_{uuid.uuid4().hex[:12]}",
+            path=source.path,
+            scope=scope,
+            base_sha256=source.sha256,
+            intent=intent,
+            steps=_steps(strip_thinking(completion.text), truncated),
+            truncated=truncated,
+            dropped=context.dropped,
+            timings=replace(Timings().plus(completion), total_s=time.monotonic() - started_at),
+        )
+        return replace(plan, id=self._keep_plan(plan, source)) if self.ledger else plan
+
+    def _keep_plan(self, plan: Plan, source: Source) -> str:
+        assert self.ledger is not None
+        scope = plan.scope
+        record = PlanRecord(
+            path=_absolute(source.path),
+            scope="" if scope.kind == "module" else scope.qualname,
+            scope_kind=scope.kind,
+            start_line=scope.start_line,
+            end_line=scope.end_line,
+            base=source.to_bytes(),
+            steps=plan.steps,
+            intent=plan.intent,
+            truncated=plan.truncated,
+            model=self.engine.status().model,
+            timings=plan.timings.to_json(),
+        )
+        return self.ledger.add_plan(record)
+
+    # --- patch ----------------------------------------------------------------------------------------------------
+
+    def patch(
+        self,
+        source: Source,
+        scope: Scope,
+        intent: str,
+        *,
+        plan: Plan | None = None,
+        feedback: Feedback | None = None,
+        preset: str = "",
+        fresh: bool = False,
+        listener: Listener | None = None,
+    ) -> Patch:
+        """Write a patch and prove it.
+
+        Args:
+            source: The file as it is now.
+            scope: What to change.
+            intent: What the user wants.
+            plan: The plan to follow; its text must be for this very source.
+            feedback: On an earlier patch.
+            preset: Name of the preset that the intent came from.
+            fresh: Do not return what the ledger has for the same request.
+            listener: Called with `patch` or `repair` and each piece of text.
+
+        Returns:
+            A patch that every gate passed, in the ledger as proposed.
+
+        Raises:
+            GateError: No attempt passed the gates; the verdicts are in its details, the ledger has it as refused.
+            StaleTextError: The source is not the plan's.
+            BudgetError: Tokens or time ran out.
+            ContextLengthError: The function does not fit.
+            CancelledError: The request was cancelled.
+        """
+        if plan is not None and plan.base_sha256 != source.sha256:
+            raise StaleTextError(f"{source.path} changed since the plan was made", hint="Plan again.", plan_id=plan.id)
+        job = self._job(source, scope, intent, plan, feedback, preset)
+        if not fresh and (known := self._known(job)) is not None:
+            return known
+        try:
+            attempt, num_attempts = self._attempts(job, listener)
+        except RefusedError as error:
+            self._keep_refusal(job, plan, preset, error)
+            raise
+        patch = self._proved(job, attempt, num_attempts)
+        return replace(patch, id=self._keep(job, plan, preset, patch)) if self.ledger else patch
+
+    def _job(
+        self, source: Source, scope: Scope, intent: str, plan: Plan | None, feedback: Feedback | None, preset: str
+    ) -> _Job:
+        task = Task(self._fitting_context(source, scope), intent, self.options.style, feedback)
+        plan_text = plan.text if plan else ""
+        edit_format = FORMATS[self._format_name(scope)]
+        status = self.engine.status()
+        key = request_key(
+            scope_text=task.context.function,
+            context=task.context.sha256,
+            intent=intent,
+            plan_text=plan_text,
+            feedback=feedback.to_json() if feedback else None,
+            preset=preset,
+            model_digest=status.model_digest,
+            adapter_digest=status.adapter_digest,
+            edit_format=edit_format.name,
+            prompt_version=PROMPT_VERSION,
+            settings=self._key_settings(),
+        )
+        return _Job(source, scope, task, plan_text, edit_format, key, time.monotonic())
+
+    def _key_settings(self) -> dict[str, Any]:
+        patch = self.options.patch
+        return {
+            "max_new_tokens": patch.max_new_tokens,
+            "repetition_penalty": patch.repetition_penalty,
+            "temperature": patch.temperature,
+            "top_k": patch.top_k,
+            "top_p": patch.top_p,
+            "seed": patch.seed,
+            "tokens_per_function_token": self.options.tokens_per_function_token,
+            "extra_tokens": self.options.extra_tokens,
+            "style": self.options.style,
+            "num_repairs": self.options.num_repairs,
+            "quantization": self.engine.status().quantization,
+        }
+
+    def _format_name(self, scope: Scope) -> FormatName:
+        return "rewrite" if self.options.edit_format == "auto" else self.options.edit_format
+
+    def _attempts(self, job: _Job, listener: Listener | None) -> tuple[_Attempt, int]:
+        """Ask, prove, and ask once more with the gate's reason if it refused."""
+        messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
+        for number in range(1 + self.options.num_repairs):
+            attempt = self._attempt(job, messages, "repair" if number else "patch", listener)
+            refused = attempt.report.refused
+            if refused is None:
+                return attempt, number + 1
+            job.gates_seen = [verdict.to_json() for verdict in attempt.report.verdicts]
+            written = job.edit_format.prefill(job.task) + attempt.answer_text + "".join(job.edit_format.stop(job.task))
+            wants_json = job.edit_format.name == "json_edits"
+            messages = [*messages, *repair_turns(written, refused.gate, refused.reason, wants_json=wants_json)]
+        raise GateError(
+            f"The patch was refused by the gate `{refused.gate}`: {refused.reason}",
+            hint="Say the change in other words, or give a plan that names the lines.",
+            gate=refused.gate,
+            gates=job.gates_seen,
+        )
+
+    def _attempt(self, job: _Job, messages: Sequence[Message], stage: Stage, listener: Listener | None) -> _Attempt:
+        prefill = job.edit_format.prefill(job.task)
+        params = self.options.patch.params(
+            self._patch_budget(job),
+            stop=job.edit_format.stop(job.task),
+            grammar=job.edit_format.grammar(job.source, job.scope),
+        )
+        completion = self._generate(messages, prefill, params, job.scope, stage, listener)
+        job.timings = job.timings.plus(completion)
+        _check_ended(completion, "PATCH", is_plan=False)
+        answer = job.edit_format.read(completion.text, job.source, job.scope)
+        edits, imports = _with_imports(job.source, job.scope, answer)
+        report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
+        return _Attempt(completion.text, answer, report, imports)
+
+    def _patch_budget(self, job: _Job) -> int:
+        least = self.options.patch.max_new_tokens
+        if job.edit_format.name == "json_edits":
+            return least
+        num_function_tokens = len(self.engine.tokenizer.encode(job.task.context.function))
+        return max(least, int(self.options.tokens_per_function_token * num_function_tokens) + self.options.extra_tokens)
+
+    def _proved(self, job: _Job, attempt: _Attempt, num_attempts: int) -> Patch:
+        report = attempt.report
+        assert report.patched is not None
+        return Patch(
+            id="",
+            source=job.source,
+            patched=report.patched,
+            scope=job.scope,
+            edits=report.edits,
+            imports=attempt.imports,
+            report=report,
+            diff=unified_diff(job.source, report.patched),
+            timings=replace(job.timings, total_s=time.monotonic() - job.started_at),
+            num_attempts=num_attempts,
+            gates=[verdict.to_json() for verdict in report.verdicts],
+            repairs=list(report.repairs),
+        )
+
+    # --- ledger ---------------------------------------------------------------------------------------------------
+
+    def _known(self, job: _Job) -> Patch | None:
+        """What the ledger offers for the same request on the same text."""
+        if self.ledger is None:
+            return None
+        entry: Entry | None = self.ledger.find(job.key, path=_absolute(job.source.path), base_sha256=job.source.sha256)
+        if entry is None:
+            return None
+        edits = tuple(entry.proposal.edits)
+        patched = apply_edits(job.source, edits)
+        return Patch(
+            id=entry.id,
+            source=job.source,
+            patched=patched,
+            scope=job.scope,
+            edits=edits,
+            imports=tuple(entry.proposal.imports),
+            report=None,
+            diff=unified_diff(job.source, patched),
+            timings=Timings(total_s=time.monotonic() - job.started_at),
+            is_known=True,
+            gates=list(entry.proposal.gates),
+            repairs=list(entry.proposal.repairs),
+        )
+
+    def _keep(self, job: _Job, plan: Plan | None, preset: str, patch: Patch) -> str:
+        assert self.ledger is not None
+        return self.ledger.propose(
+            replace(
+                self._proposal(job, plan, preset),
+                patched=patch.patched.to_bytes(),
+                edits=patch.edits,
+                imports=patch.imports,
+                gates=patch.gates,
+                repairs=patch.repairs,
+                diff=patch.diff,
+                timings=patch.timings.to_json(),
+            )
+        )
+
+    def _keep_refusal(self, job: _Job, plan: Plan | None, preset: str, error: RefusedError) -> None:
+        if self.ledger is None or isinstance(error, CancelledError):
+            return
+        timings = replace(job.timings, total_s=time.monotonic() - job.started_at).to_json()
+        proposal = self._proposal(job, plan, preset)
+        error.details["patch_id"] = self.ledger.propose(
+            replace(proposal, outcome="refused", error=error.to_json(), gates=job.gates_seen, timings=timings)
+        )
+
+    def _proposal(self, job: _Job, plan: Plan | None, preset: str) -> Proposal:
+        status, scope = self.engine.status(), job.scope
+        return Proposal(
+            key=job.key,
+            path=_absolute(job.source.path),
+            scope="" if scope.kind == "module" else scope.qualname,
+            scope_kind=scope.kind,
+            start_line=scope.start_line,
+            end_line=scope.end_line,
+            base=job.source.to_bytes(),
+            patched=None,
+            edits=(),
+            surface=self.options.surface,
+            intent=job.task.intent,
+            plan_id=plan.id if plan else None,
+            plan_text=job.plan_text,
+            feedback=job.task.feedback.to_json() if job.task.feedback else {},
+            preset=preset,
+            model=status.model,
+            model_digest=status.model_digest,
+            adapter_digest=status.adapter_digest,
+            edit_format=job.edit_format.name,
+            prompt_version=PROMPT_VERSION,
+            settings=self._key_settings(),
+        )
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    def _fitting_context(self, source: Source, scope: Scope) -> Context:
+        """Surroundings within both budgets; the function is never cut."""
+        max_chars = self.options.surroundings_chars
+        while True:
+            context = build_context(source, scope, max_chars=max_chars)
+            around = context.imports + context.class_header + context.signatures + context.before + context.after
+            if max_chars == 0 or len(self.engine.tokenizer.encode(around)) <= self.options.context_tokens:
+                return context
+            max_chars = max_chars * 3 // 4
+
+    def _generate(
+        self,
+        messages: Sequence[Message],
+        prefill: str,
+        params: SamplingParams,
+        scope: Scope,
+        stage: Stage,
+        listener: Listener | None,
+    ) -> Completion:
+        token_ids = tuple(self.engine.tokenizer.encode_chat(messages, prefill=prefill))
+        request = GenerationRequest(token_ids, params, self.options.priority)
+        try:
+            request_id = self.engine.submit(request)
+        except ContextLengthError as error:
+            where = "the file" if scope.kind == "module" else f"{scope.kind} {scope.qualname}"
+            raise ContextLengthError(
+                f"{where} does not fit: {error.message}", hint=error.hint, **error.details
+            ) from None
+        with closing(self.engine.stream(request_id)) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, Completion):
+                    return event
+                if isinstance(event, Token) and event.text and listener is not None:
+                    listener(stage, event.text)
+        raise AssertionError("a stream ends with a Completion")
+
+
+def _with_imports(source: Source, scope: Scope, answer: Answer) -> tuple[Sequence[Any], tuple[str, ...]]:
+    """The answer's edits and one more that declares the imports it wrote or forgot; unchanged if it is not valid."""
+    edits = _tentative(source, scope, answer)
+    if edits is None:
+        return answer.edits, ()
+    imports = list(answer.imports)
+    patched = apply_edits(source, edits)
+    imports += [text for text in suggest_imports(source, scope, patched) if text not in imports]
+    edit = import_edit(source, imports)
+    return ([edit, *edits], tuple(imports)) if edit else (answer.edits, ())
+
+
+def _tentative(source: Source, scope: Scope, answer: Answer) -> list[Edit] | None:
+    """The edits where they would go; None if a gate will refuse them anyway."""
+    try:
+        edits = [edit if isinstance(edit, Edit) else None for edit in answer.edits]
+        known = [edit for edit in edits if edit is not None]
+        if len(known) < len(edits):
+            known = edits_from_json(list(answer.edits))
+        return resolve_anchors(source, scope, known)[0]
+    except ValueError:
+        return None
+
+
+def _check_ended(completion: Completion, what: str, *, is_plan: bool) -> None:
+    reason = completion.finish_reason
+    if reason is FinishReason.CANCELLED:
+        raise CancelledError(f"The {what} was cancelled")
+    if reason is FinishReason.TIME:
+        seconds = completion.prefill_s + completion.decode_s
+        raise BudgetError(
+            f"The {what} ran out of time after {seconds:.0f} s and {len(completion.token_ids)} tokens",
+            hint=f"Raise {what.lower()}_max_time_cpu_s or {what.lower()}_max_time_gpu_s, or select a smaller function.",
+            budget="time",
+        )
+    if reason is FinishReason.LENGTH and not is_plan:
+        raise BudgetError(
+            f"The {what} reached its limit of {len(completion.token_ids)} tokens before it was complete",
+            hint="Raise patch_max_new_tokens, or select a smaller function.",
+            budget="tokens",
+        )
+
+
+def _steps(text: str, truncated: bool) -> tuple[str, ...]:
+    """Lines without list marks; a plan that was cut ends at its last complete word."""
+    if truncated:
+        text = re.sub(r"\s*\S+\Z", "", text) or text
+    lines = (re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in text.splitlines())
+    return tuple(line for line in lines if line)
+
+
+def _absolute(path: str) -> Path | None:
+    return Path(path).absolute() if path else None
+
+
+__all__ = ["Patch", "Patcher", "PatcherOptions", "Plan", "StageOptions", "Timings", "find_scope"]
