@@ -83,7 +83,7 @@ __all__ = [
     "request_key",
 ]
 
-_LOCK_TIMEOUT_S = 30.0
+_RECOVERY_TIMEOUT_S = 1.0
 _ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _NUM_TIME_DIGITS = 11
 _NUM_RANDOM_DIGITS = 8
@@ -148,17 +148,24 @@ class Ledger:
     Args:
         path: Its file, made if missing together with its folder, readable by the user alone.
         clock: Tells the time; for tests.
+        lock_timeout_s: How long to wait for another process that is writing a file.
 
     Raises:
         LedgerError: Damaged, not a ledger, made by a newer version, or not readable and writable.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], datetime] | None = None) -> None:
+    def __init__(
+        self, path: Path, *, clock: Callable[[], datetime] | None = None, lock_timeout_s: float = 30.0
+    ) -> None:
         self._database = Database(path)
-        self._file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600)
+        self._file_lock = FileLock(path.with_name(path.name + ".lock"), timeout=lock_timeout_s, mode=0o600)
         self._clock = clock or _utc_now
         self._ids = _Ids()
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def path(self) -> Path:
@@ -637,34 +644,44 @@ class Ledger:
     @contextmanager
     def _writing_files(self) -> Generator[None, None, None]:
         """Alone among all processes, with nothing left open by one that was killed."""
-        self._take_file_lock()
+        try:
+            self._take_file_lock(self._file_lock.timeout)
+        except Timeout as error:
+            raise LedgerError(
+                f"Another PlanPatch process has held {error.lock_file} for {self._file_lock.timeout:g} s.",
+                hint="Wait for it, or stop it, and try again.",
+                path=str(self.path),
+            ) from error
         try:
             self._settle_pending()
             yield
         finally:
             self._file_lock.release()
 
-    def _take_file_lock(self) -> None:
+    def _recover(self) -> None:
+        """Record what a killed process did, if one was killed while writing."""
+        if self._pending() is None:
+            return
         try:
-            self._file_lock.acquire()  # pyright: ignore[reportUnknownMemberType]
-        except Timeout as error:
-            raise LedgerError(
-                f"Another PlanPatch process has held {error.lock_file} for {_LOCK_TIMEOUT_S:.0f} s.",
-                hint="Wait for it, or stop it, and try again.",
-                path=str(self.path),
-            ) from error
+            self._take_file_lock(min(_RECOVERY_TIMEOUT_S, self._file_lock.timeout))
+        except Timeout:  # it lives, and will record the end itself
+            return
+        try:
+            self._settle_pending()
+        finally:
+            self._file_lock.release()
+
+    def _take_file_lock(self, timeout_s: float) -> None:
+        try:
+            self._file_lock.acquire(timeout_s)  # pyright: ignore[reportUnknownMemberType]
+        except Timeout:  # an OSError too
+            raise
         except OSError as error:
             raise LedgerError(
                 f"{self._file_lock.lock_file} cannot be locked: {error.strerror or error}.",
                 hint="Make the ledger's folder writable, or set PLANPATCH_HOME to another folder.",
                 path=str(self.path),
             ) from error
-
-    def _recover(self) -> None:
-        """Record what a killed process did, if one was killed while writing."""
-        if self._pending() is not None:
-            with self._writing_files():
-                pass
 
     def _pending(self) -> tuple[str, Event] | None:
         """A write that was begun and not recorded as ended. The lock lets one at a time begin, so it is the last."""

@@ -16,7 +16,7 @@ from engine.patching.ledger import Ledger, Proposal
 from engine.patching.relocate import Change, hunks_of, replant
 from engine.patching.source import Source
 
-LONG = bool(os.environ.get("PLANPATCH_LONG"))
+LONG = os.environ.get("PLANPATCH_LONG") == "1"
 
 POOL: tuple[str, ...] = (
     "",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from engine.errors import LedgerError, PathError, StaleTextError, UsageError, WriteError
 from engine.patching.disk import sha256_hex
@@ -454,6 +455,17 @@ def test_an_interrupted_roll_back_is_settled_without_reopening(
     interrupted(ledger, patch_id, "rollback", patched(), BASE, file)
     file.write_bytes(text_found)
     assert ledger.list_proposals()[0].state is state
+
+
+def test_a_write_of_a_living_process_is_not_settled_by_a_reader(ledger: Ledger, file: Path) -> None:
+    patch_id = ledger.propose(proposal(file))
+    with FileLock(ledger.path.with_name("ledger.sqlite3.lock")):
+        interrupted(ledger, patch_id, "apply", BASE, patched(), file)
+        with Ledger(ledger.path, lock_timeout_s=0.05) as reader:
+            assert [event.kind for event in reader.get(patch_id).events] == ["proposed", "applying"]
+            with pytest.raises(LedgerError, match=r"has held .*ledger\.sqlite3\.lock for 0\.05 s"):
+                reader.apply(patch_id)
+    assert ledger.get(patch_id).events[-1].kind == "apply_failed"
 
 
 # Verdicts
