@@ -120,6 +120,12 @@ class ModelRef:
     path: Path | None = None
     entry: CatalogueEntry | None = None
 
+    @property
+    def argument(self) -> str:
+        """What a user types for it: `resolve` gives the same model again."""
+        name = self.hub_id if self.kind == "hub" and self.hub_id else self.name
+        return f'"{name}"' if " " in name else name
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:

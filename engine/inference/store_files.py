@@ -30,7 +30,7 @@ _PROGRESS_EVERY_BYTES = 8 << 20
 _MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
 _RENAME_ATTEMPTS = 20
 _WINDOWS = sys.platform == "win32"
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,8 @@ class DigestCache:
         """
         entries = {path: entry for path, entry in self._read().items() if os.path.exists(path)}
         entries.update({str(path): [*file_stamp(path), digest] for path, digest in digests.items()})
-        with contextlib.suppress(WriteError):  # only time is lost
+        with contextlib.suppress(WriteError, OSError):  # only time is lost
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(entries, indent=0))
 
     def _read(self) -> dict[str, list[Any]]:
@@ -243,6 +244,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         WriteError: The folder cannot be written.
     """
     write_atomically(folder / MANIFEST, json.dumps({"format": _MANIFEST_FORMAT, **asdict(manifest)}, indent=1))
+
+
+def check_files(folder: Path, manifest: Manifest, digest: Callable[[Path], str] | None) -> None:
+    """Check a folder against its manifest.
+
+    Args:
+        folder: The folder.
+        manifest: What its files should be.
+        digest: Gives a file's sha256; None to check sizes only.
+
+    Raises:
+        ModelError: A file is missing or not what it was.
+    """
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise ModelError(f"{path} has {size} bytes and should have {record.bytes}")
+        if digest is not None and (actual := digest(path)) != record.sha256:
+            raise ModelError(f"{path} has the sha256 {actual} and should have {record.sha256}")
 
 
 def check_model_folder(folder: Path) -> list[Path]:
@@ -403,7 +426,7 @@ def write_error(path: Path, error: OSError) -> WriteError:
     Returns:
         The error, with a hint that fits.
     """
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         return WriteError(
             f"The disk is full: {path} cannot be written",
             hint="Free some space, or set PLANPATCH_HOME to a folder on another disk.",
@@ -473,6 +496,19 @@ def put_in_place(folder: Path, target: Path) -> None:
         rename(folder, target)
         sync_folder(target.parent)
     delete_folder(aside)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content last over a power cut.
+
+    Args:
+        path: The file.
+
+    Raises:
+        WriteError: The disk does not take it.
+    """
+    with writing(path), path.open("rb+" if _WINDOWS else "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

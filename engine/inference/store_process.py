@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.inference.store_files import writing
+from engine.inference.store_files import DISK_FULL, write_error, writing
 
 _POLL_S = 0.1
 
@@ -86,7 +87,7 @@ class Worker:
             The exit code; after a failure `facts["error"]` may say why.
 
         Raises:
-            WriteError: Its files cannot be written.
+            WriteError: Its files cannot be written, or the disk filled up.
         """
         with writing(self._events):
             self._events.write_bytes(b"")
@@ -99,12 +100,20 @@ class Worker:
             self._command, log=self._log, folder=self._folder, environment=environment, watch=read_and_watch
         )
         self._read_events()
+        if code != 0 and self._disk_was_full():
+            raise write_error(self._folder, OSError(errno.ENOSPC, ""))
         return code
 
     def last_words(self) -> str:
         """The last line of its output."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
+
+    def _disk_was_full(self) -> bool:
+        """Libraries wrap the system's error; then its words are all that is left."""
+        words = str(self.facts.get("error", "")).lower()
+        said = ("no space left", "not enough space", "file too large", "quota exceeded")
+        return self.facts.get("errno") in DISK_FULL or any(phrase in words for phrase in said)
 
     def _read_events(self) -> None:
         for line in self._events.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.inference.catalogue import resolve
 from engine.inference.protocol import Message
-from engine.inference.store import ModelStore
 from engine.inference.tokenizer import HFChatTokenizer
 
 HARMLESS = [
@@ -24,23 +21,15 @@ HARMLESS = [
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    home = os.environ.get("PLANPATCH_TEST_HOME")
-    if not home:
-        pytest.skip("PLANPATCH_TEST_HOME names no folder with pulled models")
-    return ModelStore(Path(home)).get(resolve("qwen2.5-coder-0.5b-instruct")).folder
+def tokenizer(model_folder_05b: Path) -> HFChatTokenizer:
+    return HFChatTokenizer(model_folder_05b)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> HFChatTokenizer:
-    return HFChatTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
+def reference(model_folder_05b: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(model_folder_05b)
 
 
 @pytest.mark.parametrize("text", HARMLESS)

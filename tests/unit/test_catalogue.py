@@ -84,6 +84,7 @@ def test_case_and_hub_ids_of_the_catalogue_do_not_matter(name: str) -> None:
 
 def test_another_hub_id_is_taken_as_written() -> None:
     ref = resolve("Org-1/Model.v2_x")
+    assert resolve(ref.argument) == ref
     assert (ref.kind, ref.name, ref.hub_id, ref.revision) == ("hub", "Org-1--Model.v2_x", "Org-1/Model.v2_x", None)
 
 
@@ -104,7 +105,9 @@ def test_folders_and_gguf_files_are_paths(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert resolve(str(tmp_path)).kind == resolve("~").kind == resolve(".").kind == "folder"
-    assert resolve("a model 😀.GGUF").path == tmp_path / "a model 😀.GGUF"
+    ref = resolve("a model 😀.GGUF")
+    assert ref.path == tmp_path / "a model 😀.GGUF"
+    assert ref.argument == f'"{ref.path}"'
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -362,9 +363,9 @@ def test_damage_is_seen_and_a_forced_pull_mends_it(
     for attempt in (store.get, store.pull):
         with pytest.raises(ModelError) as caught:
             attempt(pulled)
-        assert caught.value.message.startswith("The model org--tiny is damaged: ")
+        assert caught.value.message.startswith("The model org/tiny is damaged: ")
         assert expected in caught.value.message
-        assert caught.value.hint == "planpatch models pull org--tiny --force"
+        assert caught.value.hint == "planpatch models pull org/tiny --force"
     assert store.pull(pulled, force=True) == whole == store.get(pulled)
     assert [path.name for path in store.root.iterdir() if ".old-" in path.name] == []
 
@@ -494,9 +495,9 @@ def test_an_interrupted_pull_is_a_clear_error_and_leaves_no_half_model(
     def press_ctrl_c(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(CancelledError, match="The pull of org--tiny was interrupted") as caught:
+    with pytest.raises(CancelledError, match="The pull of org/tiny was interrupted") as caught:
         store.pull(ref, press_ctrl_c)
-    assert "planpatch models pull org--tiny" in caught.value.hint
+    assert "planpatch models pull org/tiny" in caught.value.hint
     with pytest.raises(ModelError, match="only a pull that was cut off or goes on"):
         store.get(ref)
     assert store.pull(ref) == store.get(ref)
@@ -570,6 +571,7 @@ def test_a_folder_of_the_user_is_used_where_it_is_and_not_written_to(store: Mode
     assert (model.folder, model.name, model.source) == (folder, "my model", "folder")
     assert model.digest == sha256(f"model.safetensors {sha256(tiny_model_files()['model.safetensors'])}\n".encode())
     assert sorted(path.name for path in folder.iterdir()) == before
+    assert str(folder / "model.safetensors") in (store.root / ".digests.json").read_text(encoding="utf-8")
 
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
@@ -625,6 +627,15 @@ def test_only_files_that_a_model_is_loaded_from_are_taken_from_the_hub() -> None
         *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
         *("tokenizer.json", "tokenizer.model", "vocab.json"),
     ]
+
+
+def test_the_store_is_loaded_without_torch() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import engine.inference.store;"
+        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+    command = [sys.executable, "-I", "-c", program, str(Path(__file__).parents[2])]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # Memory
