@@ -100,11 +100,11 @@ def device(value: object) -> str:
 
 
 def dtype(value: object) -> str:
-    """A torch dtype by its long or short name, as the short one."""
+    """A torch dtype by its long or short name, as the long one."""
     word = str(value).strip().lower().removeprefix("torch.")
-    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    names = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
     word = names.get(word, word)
-    if word in {"auto", "bf16", "fp16", "fp32"}:
+    if word in {"auto", "bfloat16", "float16", "float32"}:
         return word
     raise ValueError("expected auto, bfloat16, float16 or float32")
 
