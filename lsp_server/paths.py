@@ -42,6 +42,11 @@ class Paths:
         return self.home / "plans"
 
     @property
+    def adapter_choice(self) -> Path:
+        """Which adapter `planpatch adapters use` chose, and what was used before."""
+        return self.home / "adapters.json"
+
+    @property
     def runtime_file(self) -> Path:
         """Pid, port and token of a running server."""
         return self.home / "runtime.json"

@@ -1,0 +1,246 @@
+"""The `planpatch` command. Exit codes: 0 done, 1 refused by a gate, 2 usage, 3 environment, 130 interrupted.
+
+Commands are thin: they read options, open a `Session`, call, and print for people or, with --json, for programs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from engine.errors import PlanPatchError, UsageError
+from lsp_server import console
+from lsp_server.cli_ledger import ledger_app
+from lsp_server.cli_models import adapters_app, models_app
+from lsp_server.cli_options import (
+    AdapterOption,
+    DeviceOption,
+    FunctionOption,
+    JsonOption,
+    LineOption,
+    ModelOption,
+    ModuleOption,
+    QuantizationOption,
+    find_target,
+    open_engine,
+    open_session,
+)
+
+app = typer.Typer(
+    name="planpatch",
+    help="Plan and patch Python functions with a local model. Nothing leaves this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(models_app, name="models")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(ledger_app, name="ledger")
+
+IntentOption = Annotated[str | None, typer.Option("--intent", "-i", help="What to change, in your words.")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="A named intent, such as docstring or simplify.")]
+FormatOption = Annotated[
+    Literal["auto", "rewrite", "json_edits"] | None, typer.Option("--format", help="What the model writes.")
+]
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda v: _show_version(v))
+    ] = False,
+) -> None:
+    """Plan and patch Python functions with a local model. Nothing leaves this machine."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"planpatch {version('planpatch')}")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A Python file.", show_default=False)],
+    function: FunctionOption = None,
+    intent: IntentOption = None,
+    line: LineOption = None,
+    module: ModuleOption = False,
+    preset: PresetOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say in a few words what would be changed. Nothing is written but the ledger."""
+    options = {"model": model, "adapter": adapter, "device": device, "quantization": quantization}
+    session = open_session(options, file, as_json)
+    source, scope = find_target(session, file, function, line, module)
+    wanted = _intent(session, intent, preset)
+    with open_engine(session, as_json) as engine, session.ledger() as ledger, console.TokenCounter() as counter:
+        made = session.patcher(engine, ledger, "cli").plan(source, scope, wanted, listener=counter)
+    if as_json:
+        console.print_json({"plan": made.to_json(), "timings": made.timings.to_json()})
+        return
+    console.out.print(made.text, markup=False)
+    cut = " (cut at the token limit)" if made.truncated else ""
+    console.say(f"\n{made.id}{cut} · planpatch patch {file} --plan-id {made.id} patches from it")
+    for part in made.dropped:
+        console.say(f"left out of the context: {part}")
+
+
+@app.command()
+def patch(
+    file: Annotated[Path, typer.Argument(help="A Python file.", show_default=False)],
+    function: FunctionOption = None,
+    intent: IntentOption = None,
+    write: Annotated[bool, typer.Option("--write", "-w", help="Write the patch to the file.")] = False,
+    line: LineOption = None,
+    module: ModuleOption = False,
+    preset: PresetOption = None,
+    plan_id: Annotated[str | None, typer.Option(help="Patch from this plan.", show_default=False)] = None,
+    plan_text: Annotated[str | None, typer.Option("--plan", help="Patch from a plan of your own.")] = None,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="Patch without a plan.")] = False,
+    reason: Annotated[str, typer.Option(help="What was wrong with an earlier patch.", show_default=False)] = "",
+    hint: Annotated[str, typer.Option(help="What to do about it.", show_default=False)] = "",
+    hunks: Annotated[str | None, typer.Option(help="With --write: only these hunks, such as 1,3.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not reuse an earlier answer.")] = False,
+    edit_format: FormatOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Patch one function and print the diff. The file changes only with --write, and can be rolled back."""
+    from lsp_server.patch_command import PatchRequest, run_patch
+
+    options = {
+        "model": model,
+        "adapter": adapter,
+        "device": device,
+        "quantization": quantization,
+        "format": edit_format,
+    }
+    session = open_session(options, file, as_json)
+    request = PatchRequest(
+        file=file,
+        function=function,
+        line=line,
+        module=module,
+        intent=None if plan_id else _intent(session, intent, preset),
+        preset=preset or "",
+        plan_id=plan_id,
+        plan_text=plan_text,
+        no_plan=no_plan,
+        reason=reason,
+        hint=hint,
+        write=write,
+        hunks=_hunk_indexes(hunks),
+        fresh=fresh,
+    )
+    run_patch(session, request, as_json=as_json)
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's folder.")] = False,
+) -> None:
+    """Plan and patch a broken function with a real model, show the diff, write it, and take it back."""
+    from lsp_server.demo import run_demo
+
+    run_demo(open_session({"model": model or "qwen2.5-coder-0.5b-instruct", "device": device}, None, False), keep=keep)
+
+
+def _intent(session: Any, intent: str | None, preset: str | None) -> str:
+    if intent and preset:
+        raise UsageError("--intent and --preset cannot both be given")
+    if preset:
+        known = session.settings.presets
+        if preset not in known:
+            raise UsageError(f"There is no preset {preset!r}", hint=f"Presets: {', '.join(sorted(known))}")
+        return known[preset].intent
+    if not intent or not intent.strip():
+        raise UsageError("--intent is missing", hint='Say what to change, such as --intent "return 0 for n < 0".')
+    return intent
+
+
+def _hunk_indexes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UsageError(
+            f"--hunks {text!r} is no list of hunk numbers", hint="Give numbers from 1, such as --hunks 1,3."
+        )
+    return tuple(number - 1 for number in numbers)
+
+
+def _register_later_commands() -> None:
+    """Commands with modules of their own, imported here so that a broken one cannot hide the rest."""
+    from lsp_server.cli_bench import bench_app
+    from lsp_server.doctor import doctor
+
+    app.add_typer(bench_app, name="bench")
+    app.command()(doctor)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; None takes sys.argv.
+
+    Returns:
+        The exit code.
+    """
+    _force_utf8()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    try:
+        code = _run(lambda: app(args=arguments, prog_name="planpatch", standalone_mode=False))
+        return code if isinstance(code, int) else 0
+    except PlanPatchError as error:
+        console.print_error(error, as_json=as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    """Click's own errors become exit code 2 with its message; `Exit` keeps its code."""
+    import click
+
+    try:
+        return call()
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as fault:
+        fault.show()
+        return 2
+
+
+def _force_utf8() -> None:
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "strict")
+
+
+_register_later_commands()

@@ -1,0 +1,182 @@
+"""`planpatch ledger`: what was proposed, what became of it, and the way back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from engine.errors import StaleTextError, UsageError
+from engine.patching.ledger import Ledger
+from engine.patching.ledger_records import Applied, State
+from lsp_server import console
+from lsp_server.cli_options import JsonOption, open_session
+
+ledger_app = typer.Typer(help="Proposed patches and what became of them.", no_args_is_help=True, rich_markup_mode=None)
+
+IdArgument = Annotated[str, typer.Argument(help="Patch id or its beginning.", show_default=False)]
+ReasonOption = Annotated[str, typer.Option(help="Why, for the record.", show_default=False)]
+
+
+@ledger_app.command("list")
+def list_proposals(
+    file: Annotated[Path | None, typer.Option(help="Only this file.", show_default=False)] = None,
+    state: Annotated[State | None, typer.Option(help="Only this state.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Show proposals, newest first."""
+    with open_session({}, None, as_json).ledger() as ledger:
+        lines = ledger.list_proposals(path=file.absolute() if file else None, state=state, limit=limit)
+    if as_json:
+        console.print_json([line.to_json() for line in lines])
+        return
+    rows = [
+        (
+            line.id,
+            line.created_at[:16].replace("T", " "),
+            line.state.value,
+            line.label.value,
+            f"{line.path.name if line.path else 'pasted code'}{f':{line.scope}' if line.scope else ''}",
+            line.intent,
+        )
+        for line in lines
+    ]
+    console.print_table("", ("patch", "made (UTC)", "state", "label", "where", "intent"), rows)
+
+
+@ledger_app.command()
+def show(patch_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Show one proposal: its diff, gates and events."""
+    with open_session({}, None, as_json).ledger() as ledger:
+        entry = ledger.get(patch_id)
+    if as_json:
+        console.print_json(entry.to_json())
+        return
+    proposal = entry.proposal
+    facts = [
+        ("patch", entry.id),
+        ("file", proposal.path or "pasted code"),
+        ("scope", proposal.scope or "the whole file"),
+        ("intent", proposal.intent),
+        ("plan", proposal.plan_text),
+        ("model", f"{proposal.model} · {proposal.edit_format}"),
+        ("state", f"{entry.state.value} · {entry.label.value}"),
+        *((f"gate {gate['gate']}", "passed" if gate["ok"] else gate["reason"]) for gate in proposal.gates),
+        *(("event", f"{event.at[:19].replace('T', ' ')} {event.kind}") for event in entry.events),
+    ]
+    console.print_table("", ("", ""), [fact for fact in facts if fact[1]])
+    if proposal.error:
+        console.say(f"\n[bold red]{escape(str(proposal.error['code']))}:[/] {escape(str(proposal.error['message']))}")
+    console.out.print()
+    console.print_diff(proposal.diff)
+
+
+@ledger_app.command()
+def apply(patch_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Write a proposed patch to its file."""
+    _write(patch_id, Ledger.apply, "written to", as_json)
+
+
+@ledger_app.command()
+def rollback(patch_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Take an applied patch out of its file; edits elsewhere stay."""
+    _write(patch_id, Ledger.rollback, "taken back in", as_json)
+
+
+@ledger_app.command()
+def redo(patch_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Put a rolled back patch into its file again."""
+    _write(patch_id, Ledger.redo, "put again into", as_json)
+
+
+@ledger_app.command()
+def accept(patch_id: IdArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Say that a patch was good."""
+    _label(patch_id, Ledger.accept, reason, as_json)
+
+
+@ledger_app.command()
+def reject(patch_id: IdArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Say that a patch was not good; its file stays as it is."""
+    _label(patch_id, Ledger.reject, reason, as_json)
+
+
+@ledger_app.command()
+def export(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; stdout without.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write every proposal with its texts and events as JSON lines."""
+    with open_session({}, None, False).ledger() as ledger:
+        if out is None:
+            ledger.export(sys.stdout)
+            return
+        if out.exists() and not force:
+            raise UsageError(f"{out} exists already", hint="Give another name, or --force.")
+        with out.open("w", encoding="utf-8", newline="\n") as stream:
+            num_written = ledger.export(stream)
+    console.say(f"{num_written} proposals written to {escape(str(out))}")
+
+
+@ledger_app.command()
+def prune(
+    days: Annotated[float | None, typer.Option(min=0, help="Keep this many days; the setting without.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop what is older or larger than the settings allow."""
+    session = open_session({}, None, as_json)
+    settings = session.settings
+    with session.ledger() as ledger:
+        kept_days = settings.ledger_retention_days if days is None else days
+        pruned = ledger.prune(max_age_days=kept_days or 1e6, max_bytes=settings.ledger_max_bytes or 2**62)
+    if as_json:
+        console.print_json({"proposals": pruned.num_proposals})
+        return
+    console.say(f"{pruned.num_proposals} proposals dropped")
+
+
+def _write(patch_id: str, operation: Callable[[Ledger, str], Applied], done: str, as_json: bool) -> None:
+    with open_session({}, None, as_json).ledger() as ledger:
+        try:
+            applied = operation(ledger, ledger.get(patch_id).id)
+        except StaleTextError as error:
+            if not as_json:
+                _show_hunks(error)
+            raise
+    if as_json:
+        console.print_json(
+            {
+                "ok": True,
+                "patch_id": applied.patch_id,
+                "operation": applied.operation,
+                "path": str(applied.path),
+                "hunks": list(applied.hunks),
+                "sha256": applied.sha256,
+            }
+        )
+        return
+    console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}")
+
+
+def _show_hunks(error: StaleTextError) -> None:
+    """The three-way view of each hunk that was edited since."""
+    for hunk in error.details.get("hunks", ()):
+        view = hunk.get("view") or hunk.get("three_way")
+        if view:
+            console.err.print(str(view), markup=False)
+
+
+def _label(patch_id: str, operation: Callable[..., None], reason: str, as_json: bool) -> None:
+    with open_session({}, None, as_json).ledger() as ledger:
+        entry_id = ledger.get(patch_id).id
+        operation(ledger, entry_id, reason=reason)
+        entry = ledger.get(entry_id)
+    if as_json:
+        console.print_json({"ok": True, "patch_id": entry.id, "state": entry.state.value, "label": entry.label.value})
+        return
+    console.say(f"{entry.id} is {entry.label.value}")

@@ -1,0 +1,210 @@
+"""What every surface needs, made once: paths, settings, model store, engine, ledger, patcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from engine.errors import AdapterError
+from engine.inference.adapters import BASE
+from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
+from engine.inference.engine import InProcessEngine
+from engine.inference.loading import choose_device, choose_quantization, free_memory_bytes, load_model
+from engine.inference.protocol import Engine, Priority
+from engine.inference.store import LocalModel, ModelStore, ProgressCallback
+from engine.patching.ledger import Ledger
+from engine.patching.ledger_records import Surface
+from engine.patching.patcher import Patcher, PatcherOptions, StageOptions
+from lsp_server.adapter_choice import AdapterChoice
+from lsp_server.paths import Paths, find_paths, make_private_folder
+from lsp_server.settings import SettingProblem, Settings, load_settings
+
+
+class Session:
+    """One process's view of a PLANPATCH_HOME. Nothing heavy is done before it is asked for.
+
+    Args:
+        paths: Where state is kept.
+        settings: What holds.
+        problems: Settings that could not be used.
+    """
+
+    def __init__(self, paths: Paths, settings: Settings, problems: list[SettingProblem]) -> None:
+        self.paths = paths
+        self.settings = settings
+        self.problems = problems
+        self.store = ModelStore(paths.home)
+
+    @classmethod
+    def open(
+        cls, environ: Mapping[str, str], options: Mapping[str, object] | None = None, workspace: Path | None = None
+    ) -> Session:
+        """Read the settings.
+
+        Args:
+            environ: Environment variables.
+            options: Options of the command line by setting name; None is not set.
+            workspace: Folder whose pyproject.toml may set presets, context and style.
+
+        Returns:
+            The session.
+
+        Raises:
+            PathError: PLANPATCH_HOME or PLANPATCH_CONFIG is not absolute.
+            WriteError: The home cannot be made.
+        """
+        paths = find_paths(environ)
+        settings, problems = load_settings(options, environ, paths.user_settings, workspace)
+        make_private_folder(paths.home)
+        return cls(paths, settings, problems)
+
+    def ledger(self) -> Ledger:
+        """The ledger, opened.
+
+        Raises:
+            LedgerError: It cannot be read or written.
+        """
+        return Ledger(self.paths.ledger)
+
+    def model_ref(self) -> ModelRef:
+        """The model that the settings name; `auto` looks at this machine.
+
+        Raises:
+            ModelError: There is no such model.
+        """
+        name = self.settings.model
+        return resolve(name, self._device_facts() if name == "auto" else None)
+
+    def _device_facts(self) -> DeviceFacts:
+        return device_facts()
+
+    def adapter(self) -> Path | None:
+        """The adapter folder that the settings name; None is the base model.
+
+        Raises:
+            AdapterError: It was named and does not exist.
+        """
+        name = self.settings.adapter
+        if name == BASE:
+            return None
+        if name == "auto":
+            choice = AdapterChoice(self.paths.adapter_choice)
+            if choice.is_made:
+                return choice.current
+            return self.paths.default_adapter if self.paths.default_adapter.is_dir() else None
+        folder = self.paths.resolve(name)
+        if not folder.is_dir():
+            raise AdapterError(
+                f"The adapter folder {folder} does not exist ({self.settings.source_of('adapter')})",
+                hint=f"Correct it, or use {BASE} for the base model.",
+            )
+        return folder
+
+    def engine(self, local: LocalModel, ref: ModelRef) -> InProcessEngine:
+        """An engine that loads `local` on its own thread.
+
+        Args:
+            local: The model's files.
+            ref: How it was named.
+
+        Returns:
+            The engine, loading.
+
+        Raises:
+            ModelError: It does not fit into memory, or the device is not there.
+            AdapterError: The adapter cannot be read.
+        """
+        settings = self.settings
+        adapter = self.adapter()
+        device = choose_device(settings.device)
+        wanted = settings.quantization
+        if settings.dtype == "float32" and wanted == "auto" and device == "cpu":
+            wanted = "fp32"
+        quantization = choose_quantization(wanted, device)
+        self.store.check_memory(ref, "bf16" if quantization == "fp16" else quantization, free_memory_bytes(device))
+        load = partial(
+            load_model,
+            local.name,
+            local.digest,
+            local.folder,
+            device=device,
+            quantization=quantization,
+            dtype=settings.dtype,
+        )
+        return InProcessEngine(local.name, local.folder, load, digest=local.digest, adapter=adapter)
+
+    def local_model(self, ref: ModelRef, progress: ProgressCallback | None = None, *, pull: bool = False) -> LocalModel:
+        """The model's files.
+
+        Args:
+            ref: The model.
+            progress: Told how far a pull is.
+            pull: Fetch it if it is not here.
+
+        Returns:
+            The files, whole.
+
+        Raises:
+            ModelError: It is absent (the hint says how to pull it) or damaged, or cannot be pulled.
+        """
+        told = progress or (lambda _: None)
+        return self.store.pull(ref, told) if pull else self.store.get(ref, told)
+
+    def patcher(self, engine: Engine, ledger: Ledger | None, surface: Surface, **changes: object) -> Patcher:
+        """A patcher with the settings' budgets.
+
+        Args:
+            engine: The model.
+            ledger: Where proposals are kept.
+            surface: Who asks.
+            **changes: Fields of `PatcherOptions` to set otherwise.
+
+        Returns:
+            The patcher.
+        """
+        on_gpu = engine.status().device != "cpu"
+        return Patcher(engine, ledger, patcher_options(self.settings, surface, on_gpu=on_gpu, **changes))
+
+
+def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **changes: object) -> PatcherOptions:
+    """The settings as the patcher takes them.
+
+    Args:
+        settings: What holds.
+        surface: Who asks.
+        on_gpu: Which time limits hold.
+        **changes: Fields to set otherwise.
+
+    Returns:
+        The options.
+    """
+    plan = StageOptions(
+        settings.plan_max_new_tokens,
+        settings.plan_repetition_penalty,
+        settings.plan_max_time_gpu_s if on_gpu else settings.plan_max_time_cpu_s,
+        settings.plan_temperature,
+        settings.plan_top_k,
+        settings.plan_top_p,
+    )
+    patch = StageOptions(
+        settings.patch_max_new_tokens,
+        settings.patch_repetition_penalty,
+        settings.patch_max_time_gpu_s if on_gpu else settings.patch_max_time_cpu_s,
+        settings.patch_temperature,
+        settings.patch_top_k,
+        settings.patch_top_p,
+    )
+    fields: dict[str, object] = {
+        "plan": plan,
+        "patch": patch,
+        "tokens_per_function_token": settings.patch_tokens_per_function_token,
+        "extra_tokens": settings.patch_extra_tokens,
+        "edit_format": settings.format,
+        "surroundings_chars": settings.surroundings_chars,
+        "context_tokens": settings.context_tokens,
+        "style": settings.style,
+        "priority": Priority.BACKGROUND if surface == "bench" else Priority.INTERACTIVE,
+        "surface": surface,
+    }
+    return PatcherOptions(**{**fields, **changes})  # type: ignore[arg-type]
