@@ -223,6 +223,15 @@ def test_the_empty_think_block_stays_in_every_turn(thinking: HFChatTokenizer) ->
     )
 
 
+def test_a_template_that_strips_newlines_strips_nothing_else(thinking: HFChatTokenizer) -> None:
+    turns = [Message("user", "\n U \n"), Message("assistant", "\n\n  A \n"), Message("user", "V")]
+    prompt = readable(thinking, thinking.encode_chat(turns))
+    assert prompt.startswith(
+        "«<|im_start|>»user\n\n U \n«<|im_end|>»\n"
+        "«<|im_start|>»assistant\n«<think>»\n\n«</think>»\n\n  A \n«<|im_end|>»\n"
+    )
+
+
 def test_a_template_that_trims_trims_the_messages(tmp_path: Path) -> None:
     tokenizer = HFChatTokenizer(write_model(tmp_path, byte_level_tokenizer(), TRIMMING))
     prompt = readable(tokenizer, tokenizer.encode_chat([Message("user", "\n  def f(): pass \n\n")]))
