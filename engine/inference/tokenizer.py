@@ -34,7 +34,10 @@ from tokenizers import Tokenizer
 from engine.errors import ModelError
 from engine.inference.protocol import Message
 
-_PAD = "\n\u205f\n"  # white space that no template writes: what is left of it tells how a template strips a message
+# White space around a stand-in: what is left of it tells how a template strips a message. No template writes the space,
+# and the newlines are too many to be taken for a template's own.
+_SPACE = "\u205f"
+_NEWLINES = "\n" * 8
 _TEXT_END_TOKENS = ("<|endoftext|>",)  # ends a document in several model families; never part of a chat answer
 _OTHER_MODEL = "Use another instruct or chat model: planpatch models list"
 _PULL_AGAIN = "Pull the model again: planpatch models pull NAME --force"
@@ -291,21 +294,21 @@ class _Marked:
 
     @property
     def stand_in(self) -> str:
-        return f"{_PAD}{self.name}{_PAD}" if self.message.content else ""
+        return f"{_NEWLINES}{_SPACE}{self.name}{_SPACE}{_NEWLINES}" if self.message.content else ""
 
     def content(self, before: str, after: str) -> tuple[str, str, str]:
         """Cut the padding from the text around the stand-in, and strip the content as the template stripped it."""
         content = self.message.content
-        if before.endswith(_PAD):
-            before = before.removesuffix(_PAD)
-        elif before.endswith(_PAD[1:]):
-            before, content = before.removesuffix(_PAD[1:]), content.lstrip("\n")
+        if before.endswith(_NEWLINES + _SPACE):
+            before = before.removesuffix(_NEWLINES + _SPACE)
+        elif before.endswith(_SPACE):
+            before, content = before.removesuffix(_SPACE), content.lstrip("\n")
         else:
             content = content.lstrip()
-        if after.startswith(_PAD):
-            after = after.removeprefix(_PAD)
-        elif after.startswith(_PAD[:-1]):
-            after, content = after.removeprefix(_PAD[:-1]), content.rstrip("\n")
+        if after.startswith(_SPACE + _NEWLINES):
+            after = after.removeprefix(_SPACE + _NEWLINES)
+        elif after.startswith(_SPACE):
+            after, content = after.removeprefix(_SPACE), content.rstrip("\n")
         else:
             content = content.rstrip()
         return before, content, after
@@ -377,7 +380,7 @@ class _ChatTemplate:
             parts += [_Part(before), _Part(content, mark.message.role)]
             before = after
         parts.append(_Part(before))
-        if any(_PAD[1] in part.text for part in parts if not part.role):
+        if any(_SPACE in part.text for part in parts if not part.role):
             raise ModelError(
                 f"The chat template in {self._folder} rewrites the text of messages, which PlanPatch cannot follow",
                 hint=_OTHER_MODEL,
