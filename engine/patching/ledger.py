@@ -785,8 +785,8 @@ class Ledger:
     def _row_of(self, table: str, what: str, prefix: str, wanted: str) -> Any:
         name = wanted.strip().lower()
         name = name if name.startswith(prefix) else prefix + name
-        sql = f"SELECT * FROM {table} WHERE id >= ?1 AND id < ?1 || '~' ORDER BY id LIMIT 6"
-        rows = self._database.rows(sql, (name,)) if name != prefix else []
+        sql = f"SELECT * FROM {table} WHERE id >= ? AND id < ? ORDER BY id LIMIT 6"
+        rows = self._database.rows(sql, (name, name + "~")) if name != prefix else []
         exact = [row for row in rows if row["id"] == name]
         if len(exact or rows) == 1:
             return (exact or rows)[0]

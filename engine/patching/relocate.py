@@ -9,7 +9,7 @@ lines of context on each side, once in each text.
 
 A gap (where lines were deleted, or where an insertion is to be redone) is found by the lines next to it. They must
 still be next to each other, but for neighbours that were removed or edited line by line, and for lines written below
-the last line of a function that the gap was in.
+the last line of a function that the gap was in. A gap that moved past others is not found.
 
 Not covered: two texts that a reader could not tell apart either, such as a function pasted twice under one name (that
 is refused); lines are compared without their terminators.
@@ -222,8 +222,10 @@ class _Search:
         """The place of the gap before a line, found by its neighbours."""
         last = len(self._old.lines)
         both = self.block(Range(line - 1, line + 1)) if 0 < line < last else None
-        if both is not None and (self._only_place(Range(line - 1, line)) or self._only_place(Range(line, line + 1))):
-            return Range(both.start + 1, both.start + 1)
+        if both is not None:
+            above, below = Range(both.start, both.start + 1), Range(both.start + 1, both.stop)
+            if above == self._only_place(Range(line - 1, line)) or below == self._only_place(Range(line, line + 1)):
+                return Range(above.stop, above.stop)
         above, top = self._nearest(range(line - 1, max(line - 1 - _NUM_CONTEXT_LINES, -1), -1), Range(0, 0), -1)
         below, bottom = self._nearest(
             range(line, min(line + _NUM_CONTEXT_LINES, last)), Range(*[len(self._new.lines)] * 2), last
