@@ -110,6 +110,24 @@ def choose_device(wanted: str) -> str:
     return f"cuda:{index}"
 
 
+def free_memory_bytes(device: str) -> int:
+    """Free memory of a device.
+
+    Args:
+        device: `cpu` or `cuda:N`.
+
+    Returns:
+        Bytes; for the CPU what the system can give without swapping.
+    """
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    return int(torch.cuda.mem_get_info(int(device.partition(":")[2] or 0))[0])
+
+
 def choose_quantization(wanted: str, device: str) -> Quantization:
     """`auto` made concrete: int8 on CUDA, bf16 on CPU.
 
