@@ -60,8 +60,8 @@ def wheels(test_home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pip_environment(wheels: Path) -> dict[str, str]:
-    """pip takes packages from that folder alone."""
-    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
+    """pip takes packages from that folder alone; as a URI, because pip splits the variable at spaces."""
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_CONFIG_FILE": os.devnull}
 
 
 @pytest.fixture(scope="module")
