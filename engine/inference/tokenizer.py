@@ -290,7 +290,7 @@ class _Marked:
 
     def __init__(self, message: Message) -> None:
         self.message = message
-        self.name = f"mark{secrets.token_hex(16)}"
+        self.name = f"Mark {secrets.token_hex(16)}\n<'\"&\\>"  # whatever rewrites text rewrites some of this
 
     @property
     def stand_in(self) -> str:
@@ -372,7 +372,7 @@ class _ChatTemplate:
     def _split(self, text: str, marked: Sequence[_Marked]) -> list[_Part]:
         by_name = {mark.name: mark for mark in marked}
         parts: list[_Part] = []
-        pieces = re.split("(" + "|".join(by_name) + ")", text) if by_name else [text]
+        pieces = re.split("(" + "|".join(map(re.escape, by_name)) + ")", text) if by_name else [text]
         before = pieces[0]
         for name, after in zip(pieces[1::2], pieces[2::2], strict=True):
             mark = by_name[name]
@@ -380,9 +380,9 @@ class _ChatTemplate:
             parts += [_Part(before), _Part(content, mark.message.role)]
             before = after
         parts.append(_Part(before))
-        if any(_SPACE in part.text for part in parts if not part.role):
+        if any(mark.message.content and mark.name not in text for mark in marked):
             raise ModelError(
-                f"The chat template in {self._folder} rewrites the text of messages, which PlanPatch cannot follow",
+                f"The chat template in {self._folder} rewrites or leaves out messages, which PlanPatch cannot follow",
                 hint=_OTHER_MODEL,
             )
         return parts

@@ -320,10 +320,13 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
         HFChatTokenizer(write_model(tmp_path, byte_level_tokenizer(), template))
 
 
-def test_a_template_that_rewrites_messages_is_refused(tmp_path: Path) -> None:
-    template = CHATML.replace("message['content']", "(message['content'] | tojson)")
+@pytest.mark.parametrize(
+    "change", ["| tojson", "| e", "| upper", "| replace('\\n', ' ')", "| indent(4)", "* 0", ".split('\\n')[0]"]
+)
+def test_a_template_that_rewrites_messages_is_refused(tmp_path: Path, change: str) -> None:
+    template = CHATML.replace("message['content']", f"(message['content'] {change})")
     tokenizer = HFChatTokenizer(write_model(tmp_path, byte_level_tokenizer(), template))
-    with pytest.raises(ModelError, match="rewrites the text of messages"):
+    with pytest.raises(ModelError, match="rewrites or leaves out messages"):
         tokenizer.encode_chat([Message("user", "U")])
 
 
