@@ -10,9 +10,9 @@ from engine.errors import AdapterError
 from engine.inference.adapters import BASE
 from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
 from engine.inference.engine import InProcessEngine
-from engine.inference.loading import choose_device, choose_quantization, free_memory_bytes, load_model
+from engine.inference.loading import Quantization, choose_device, choose_quantization, free_memory_bytes, load_model
 from engine.inference.protocol import Engine, Priority
-from engine.inference.store import LocalModel, ModelStore, ProgressCallback
+from engine.inference.store import LocalModel, ModelStore, Progress, ProgressCallback
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Surface
 from engine.patching.patcher import Patcher, PatcherOptions, StageOptions
@@ -101,6 +101,29 @@ class Session:
             )
         return folder
 
+    def placement(self) -> tuple[str, Quantization]:
+        """The device and the quantization that the settings mean on this machine; imports torch.
+
+        Raises:
+            ModelError: The device is not there, or cannot hold weights that way.
+        """
+        settings = self.settings
+        device = choose_device(settings.device)
+        wants_fp32 = settings.dtype == "float32" and settings.quantization == "auto" and device == "cpu"
+        return device, choose_quantization("fp32" if wants_fp32 else settings.quantization, device)
+
+    def check_memory(self, ref: ModelRef) -> None:
+        """Refuse a model that does not fit into the memory that is free now.
+
+        Args:
+            ref: The model.
+
+        Raises:
+            ModelError: It does not fit, or the device is not there.
+        """
+        device, quantization = self.placement()
+        self.store.check_memory(ref, "bf16" if quantization == "fp16" else quantization, free_memory_bytes(device))
+
     def engine(self, local: LocalModel, ref: ModelRef) -> InProcessEngine:
         """An engine that loads `local` on its own thread.
 
@@ -117,12 +140,8 @@ class Session:
         """
         settings = self.settings
         adapter = self.adapter()
-        device = choose_device(settings.device)
-        wanted = settings.quantization
-        if settings.dtype == "float32" and wanted == "auto" and device == "cpu":
-            wanted = "fp32"
-        quantization = choose_quantization(wanted, device)
-        self.store.check_memory(ref, "bf16" if quantization == "fp16" else quantization, free_memory_bytes(device))
+        self.check_memory(ref)
+        device, quantization = self.placement()
         load = partial(
             load_model,
             local.name,
@@ -148,7 +167,7 @@ class Session:
         Raises:
             ModelError: It is absent (the hint says how to pull it) or damaged, or cannot be pulled.
         """
-        told = progress or (lambda _: None)
+        told = progress or _untold
         return self.store.pull(ref, told) if pull else self.store.get(ref, told)
 
     def patcher(self, engine: Engine, ledger: Ledger | None, surface: Surface, **changes: object) -> Patcher:
@@ -165,6 +184,10 @@ class Session:
         """
         on_gpu = engine.status().device != "cpu"
         return Patcher(engine, ledger, patcher_options(self.settings, surface, on_gpu=on_gpu, **changes))
+
+
+def _untold(_: Progress) -> None:
+    """Progress that nobody watches."""
 
 
 def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **changes: object) -> PatcherOptions:
