@@ -1,7 +1,7 @@
 """The engine in this process: one thread owns the model, everyone else queues a request and awaits it.
 
-One step advances one request by one prefill chunk or one token; before each step the scheduler picks the request that
-matters most, so an interactive request pauses a background one at the next step, and a cancelled request stops there.
+One step advances one request by a prefill chunk, or several by one token each; before each step the scheduler picks
+what matters most, so an interactive request pauses a background one at the next step, and a cancelled request stops there.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from engine.inference.text_stop import StopText
 from engine.inference.tokenizer import Detokenizer, HFChatTokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers.cache_utils import Cache
 
+    from engine.inference.batch import DecodeBatch
     from engine.inference.grammar import GrammarCompiler, GrammarMatcher
     from engine.inference.kv_cache import PrefixCache
     from engine.inference.sampling import Sampler
@@ -46,12 +48,14 @@ class EngineConfig:
         prefill_chunk_tokens: Tokens of one prefill step on CPU; a cancel waits for at most this many.
         prefill_chunk_tokens_gpu: The same on a GPU.
         prefix_cache_bytes: Memory for KV caches of ended requests.
+        max_rows: Requests of one priority that are decoded together.
     """
 
     max_waiting: int = 64
     prefill_chunk_tokens: int = 128
     prefill_chunk_tokens_gpu: int = 2048
     prefix_cache_bytes: int = 512 * 1024 * 1024
+    max_rows: int = 16
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +95,10 @@ class _Sequence:
         return self.adapter.digest if self.adapter else BASE
 
     @property
+    def is_decoding(self) -> bool:
+        return self.num_generated > 0
+
+    @property
     def rank(self) -> tuple[int, int]:
         return self.request.priority, self.order
 
@@ -125,7 +133,8 @@ class InProcessEngine:
         self._tokenizer = HFChatTokenizer(folder)
         self._context_length = context_length_of(folder)
         self._load = load
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, _Sequence] = {}  # not ended
+        self._unstreamed: dict[str, _Sequence] = {}  # ended or not, nobody has asked for the events yet
         self._changed = threading.Condition()
         self._order = itertools.count()
         self._adapter = read_adapter(adapter) if adapter else None
@@ -177,7 +186,7 @@ class InProcessEngine:
                 detokenizer=Detokenizer(self._tokenizer),
                 stop_text=StopText(request.params.stop),
             )
-            self._sequences[sequence.id] = sequence
+            self._sequences[sequence.id] = self._unstreamed[sequence.id] = sequence
             self._changed.notify_all()
         return sequence.id
 
@@ -194,7 +203,7 @@ class InProcessEngine:
             EngineError: The id is unknown, or the engine failed.
         """
         with self._changed:
-            sequence = self._sequences.get(request_id)
+            sequence = self._unstreamed.pop(request_id, None)
         if sequence is None:
             raise EngineError(f"There is no request {request_id}, or it was streamed before")
         try:
@@ -207,15 +216,14 @@ class InProcessEngine:
                     return
         finally:
             self.cancel(request_id)
-            with self._changed:
-                if not sequence.is_admitted:
-                    self._sequences.pop(request_id, None)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request at the next step; unknown or ended ids are ignored."""
         with self._changed:
             sequence = self._sequences.get(request_id)
-            if sequence is not None:
+            if sequence is None:
+                self._unstreamed.pop(request_id, None)
+            else:
                 sequence.is_cancelled = True
                 self._changed.notify_all()
 
@@ -311,8 +319,8 @@ class InProcessEngine:
     def _run(self) -> None:
         try:
             self._start()
-            while (sequence := self._schedule()) is not None:
-                self._step(sequence)
+            while sequences := self._schedule():
+                self._step(sequences)
         except PlanPatchError as error:
             self._fail(error)
         except Exception as fault:
@@ -327,6 +335,8 @@ class InProcessEngine:
         self._prefix_cache: PrefixCache = PrefixCache(self._config.prefix_cache_bytes)
         self._switch = AdapterSwitch(loaded.model)
         self._grammar_compiler: GrammarCompiler | None = None
+        self._batch: DecodeBatch | None = None
+        self._batch_rows: list[_Sequence] = []
         self._switch.activate(self._adapter)
         on_gpu = loaded.device.type != "cpu"
         self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
@@ -342,39 +352,61 @@ class InProcessEngine:
             )
             self._changed.notify_all()
 
-    def _schedule(self) -> _Sequence | None:
-        """The request to advance next, after a wait if there is none; None when the engine closes."""
-        with self._changed:
-            while True:
-                if self._is_closing:
-                    return None
-                if self._sequences:
-                    sequence = min(self._sequences.values(), key=lambda sequence: sequence.rank)
-                    cancelled = next((one for one in self._sequences.values() if one.is_cancelled), None)
-                    return cancelled or sequence
-                self._changed.wait()
+    def _schedule(self) -> list[_Sequence]:
+        """What to advance next, after a wait if there is nothing: one sequence, or several that decode together.
 
-    def _step(self, sequence: _Sequence) -> None:
+        A cancelled sequence goes first, then the highest priority; within it prefill goes before decode, so that
+        sequences meet in one batch. Empty when the engine closes.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or bool(self._sequences))
+            if self._is_closing:
+                return []
+            waiting = sorted(self._sequences.values(), key=lambda sequence: sequence.rank)
+            cancelled = next((sequence for sequence in waiting if sequence.is_cancelled), None)
+            if cancelled is not None:
+                return [cancelled]
+            first = waiting[0]
+            equals = [sequence for sequence in waiting if sequence.request.priority == first.request.priority]
+            decoding = [sequence for sequence in equals if sequence.is_decoding]
+            joining = [sequence for sequence in equals if not sequence.is_decoding]
+            if joining and len(decoding) < self._config.max_rows:
+                return joining[:1]
+            return self._batchable(decoding)[: self._config.max_rows]
+
+    def _batchable(self, decoding: list[_Sequence]) -> list[_Sequence]:
+        """Those that can share a step with the first: the same adapter, and caches of ours."""
+        from engine.inference.kv_cache import KVCache
+
+        if not isinstance(decoding[0].kv_cache, KVCache):
+            return decoding[:1]
+        return [sequence for sequence in decoding if sequence.adapter_digest == decoding[0].adapter_digest]
+
+    def _step(self, sequences: list[_Sequence]) -> None:
         """Admit if new, then run the model on one chunk; once the prompt is through, sample, and end if it is over."""
-        if sequence.is_cancelled:
-            return self._finish(sequence, FinishReason.CANCELLED)
+        if sequences[0].is_cancelled:
+            return self._finish(sequences[0], FinishReason.CANCELLED)
         started_at = time.monotonic()
-        is_prefill = sequence.num_generated == 0
         try:
-            if not sequence.is_admitted:
-                self._admit(sequence)
-            self._switch.activate(sequence.adapter)
-            logits = self._run_model(sequence)
-            token_id = None if logits is None else self._sample(sequence, logits)
+            if not sequences[0].is_admitted:
+                self._admit(sequences[0])
+            self._switch.activate(sequences[0].adapter)
+            rows = self._run_model(sequences)
+            token_ids = [self._sample(sequence, logits) for sequence, logits in zip(sequences, rows, strict=True)]
         except PlanPatchError as error:
-            return self._refuse(sequence, error)
+            return self._refuse(sequences, error)
         except Exception as fault:
-            return self._refuse_or_fail(sequence, fault)
+            return self._refuse_or_fail(sequences, fault)
         elapsed_s = time.monotonic() - started_at
-        if is_prefill:
-            sequence.prefill_s += elapsed_s
-        else:
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            self._advance(sequence, token_id, elapsed_s)
+
+    def _advance(self, sequence: _Sequence, token_id: int | None, elapsed_s: float) -> None:
+        """Take in what one step gave one sequence."""
+        if sequence.is_decoding:
             sequence.decode_s += elapsed_s
+        else:
+            sequence.prefill_s += elapsed_s
         reason = self._postprocess(sequence, token_id)
         if reason is not None:
             self._finish(sequence, reason)
@@ -404,8 +436,15 @@ class InProcessEngine:
             self._grammar_compiler = GrammarCompiler(self._loaded.folder, self._loaded.vocab_size, eos)
         return self._grammar_compiler
 
-    def _run_model(self, sequence: _Sequence):
-        """Compute the next chunk of `token_ids`; logits `[vocab_size]` of the last token once all are computed."""
+    def _run_model(self, sequences: list[_Sequence]) -> list[torch.Tensor | None]:
+        """Logits `[vocab_size]` of each sequence's last token; None while its prompt is not through."""
+        if len(sequences) == 1:
+            self._break_up_batch()
+            return [self._run_chunk(sequences[0])]
+        return self._run_batch(sequences)
+
+    def _run_chunk(self, sequence: _Sequence) -> torch.Tensor | None:
+        """Compute the next chunk of one sequence's tokens."""
         import torch
 
         assert self._loaded is not None
@@ -418,7 +457,30 @@ class InProcessEngine:
         sequence.num_computed = end
         return output.logits[0, -1] if end == len(sequence.token_ids) else None
 
-    def _sample(self, sequence: _Sequence, logits) -> int:
+    def _run_batch(self, sequences: list[_Sequence]) -> list[torch.Tensor | None]:
+        """Compute the last token of several sequences in one step."""
+        from engine.inference.batch import DecodeBatch
+
+        assert self._loaded is not None
+        if self._batch is None or self._batch_rows != sequences or self._batch.is_full:
+            self._break_up_batch()
+            self._batch = DecodeBatch([sequence.kv_cache for sequence in sequences])  # type: ignore[misc]
+            self._batch_rows = list(sequences)
+        logits = self._batch.step(self._loaded.model, [sequence.token_ids[-1] for sequence in sequences])
+        for sequence in sequences:
+            sequence.num_computed = len(sequence.token_ids)
+        return list(logits)
+
+    def _break_up_batch(self) -> None:
+        """Give every sequence of the batch its keys and values back."""
+        if self._batch is not None:
+            for row, sequence in enumerate(self._batch_rows):
+                self._batch.take_out(row, sequence.kv_cache)  # type: ignore[arg-type]
+        self._batch, self._batch_rows = None, []
+
+    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> int | None:
+        if logits is None:
+            return None
         assert sequence.sampler is not None
         allowed = sequence.matcher.allowed().to(logits.device) if sequence.matcher else None
         return sequence.sampler.choose(logits, allowed)
@@ -445,6 +507,8 @@ class InProcessEngine:
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         from engine.inference.kv_cache import KVCache
 
+        if sequence in self._batch_rows:
+            self._break_up_batch()
         rest = sequence.stop_text.push(sequence.detokenizer.flush()) + sequence.stop_text.flush()
         if rest:
             sequence.events.put(Token((), rest))
@@ -466,22 +530,24 @@ class InProcessEngine:
             )
         )
 
-    def _refuse(self, sequence: _Sequence, error: PlanPatchError) -> None:
-        self._forget(sequence)
-        sequence.events.put(error)
+    def _refuse(self, sequences: list[_Sequence], error: PlanPatchError) -> None:
+        for sequence in sequences:
+            self._forget(sequence)
+            sequence.events.put(error)
 
-    def _refuse_or_fail(self, sequence: _Sequence, fault: Exception) -> None:
-        """Out of memory ends one request; any other fault of the device is sticky and ends the engine."""
+    def _refuse_or_fail(self, sequences: list[_Sequence], fault: Exception) -> None:
+        """Out of memory ends the requests of the step; any other fault of the device is sticky and ends the engine."""
         import torch
 
         if not isinstance(fault, torch.OutOfMemoryError):
             raise fault
+        self._batch, self._batch_rows = None, []
         self._prefix_cache.clear()
-        sequence.kv_cache = None
+        for sequence in sequences:
+            sequence.kv_cache = None
         torch.cuda.empty_cache()
-        self._refuse(
-            sequence, EngineError(f"Out of memory on {self._status.device}", hint="Select a smaller function.")
-        )
+        message = f"Out of memory on {self._status.device}"
+        self._refuse(sequences, EngineError(message, hint="Select a smaller function."))
 
     def _forget(self, sequence: _Sequence) -> None:
         with self._changed:

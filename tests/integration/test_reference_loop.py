@@ -157,9 +157,7 @@ def test_a_cancel_during_prefill_leaves_a_right_cache(fp32: Bench) -> None:
 def test_an_interactive_request_pauses_a_background_one_and_both_equal_the_reference(fp32: Bench) -> None:
     slow_params, quick_params = SamplingParams(max_new_tokens=16), SamplingParams(max_new_tokens=4)
     slow, quick = fp32.prompt(TEXTS[1]), fp32.prompt(TEXTS[2])
-    background = fp32.engine.stream(
-        fp32.engine.submit(GenerationRequest(slow, slow_params, Priority.BACKGROUND))
-    )
+    background = fp32.engine.stream(fp32.engine.submit(GenerationRequest(slow, slow_params, Priority.BACKGROUND)))
     next(background)
     interactive = fp32.generate(quick, quick_params)
     status = fp32.engine.status()
@@ -168,6 +166,19 @@ def test_an_interactive_request_pauses_a_background_one_and_both_equal_the_refer
     assert isinstance(last, Completion)
     check_equal(fp32, quick, quick_params, interactive)
     check_equal(fp32, slow, slow_params, last)
+
+
+def test_rows_decoded_together_equal_the_reference_each(fp32: Bench, length: Callable[[int, int], int]) -> None:
+    longest = length(8, 40)
+    params = [SamplingParams(max_new_tokens=longest - 2 * index, repetition_penalty=1.05) for index in range(3)]
+    prompts = [fp32.prompt(text) for text in TEXTS]
+    ids = [fp32.engine.submit(GenerationRequest(*pair)) for pair in zip(prompts, params, strict=True)]
+    streams = [list(fp32.engine.stream(request_id)) for request_id in ids]
+    for prompt, one, events in zip(prompts, params, streams, strict=True):
+        assert isinstance(events[-1], Completion)
+        check_equal(fp32, prompt, one, events[-1])
+    follow_up = fp32.generate([*prompts[2], *streams[2][-1].token_ids], SamplingParams(max_new_tokens=3))  # type: ignore[union-attr]
+    assert follow_up.num_cached_tokens >= len(prompts[2]) + len(streams[2][-1].token_ids) - 1  # type: ignore[union-attr]
 
 
 def test_an_adapter_switched_on_and_off_leaves_the_base_as_it_was(fp32: Bench, tmp_path: Path) -> None:
@@ -260,5 +271,3 @@ def make_adapter(loaded: LoadedModel, folder: Path, *, rows_missing: int = 0) ->
 def length(long_run: bool) -> Callable[[int, int], int]:
     """How many tokens: few in a quick run, more in a long one."""
     return lambda quick, long: long if long_run else quick
-
-
