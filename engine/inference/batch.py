@@ -93,14 +93,13 @@ class DecodeBatch:
             layer.max_tokens = longest
         places = torch.arange(longest + 1, device=self._device)
         mask = (places[None] <= self._lengths_tensor[:, None])[:, None, None, :]
-        with torch.inference_mode():
-            output = model(
-                input_ids=torch.tensor(token_ids, device=self._device)[:, None],
-                attention_mask=mask,
-                position_ids=self._lengths_tensor[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+        output = model(
+            input_ids=torch.tensor(token_ids, device=self._device)[:, None],
+            attention_mask=mask,
+            position_ids=self._lengths_tensor[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
         self._lengths = [length + 1 for length in self._lengths]
         self._lengths_tensor.add_(1)
         return output.logits[:, -1]

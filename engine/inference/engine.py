@@ -48,7 +48,8 @@ class EngineConfig:
         prefill_chunk_tokens: Tokens of one prefill step on CPU; a cancel waits for at most this many.
         prefill_chunk_tokens_gpu: The same on a GPU.
         prefix_cache_bytes: Memory for KV caches of ended requests.
-        max_rows: Requests of one priority that are decoded together.
+        max_rows: Requests of one priority that are decoded together on CPU.
+        max_rows_gpu: The same on a GPU.
     """
 
     max_waiting: int = 64
@@ -56,6 +57,7 @@ class EngineConfig:
     prefill_chunk_tokens_gpu: int = 2048
     prefix_cache_bytes: int = 512 * 1024 * 1024
     max_rows: int = 16
+    max_rows_gpu: int = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -318,9 +320,12 @@ class InProcessEngine:
 
     def _run(self) -> None:
         try:
+            import torch
+
             self._start()
-            while sequences := self._schedule():
-                self._step(sequences)
+            with torch.inference_mode():  # tensors made in this mode may only be written in it, KV caches included
+                while sequences := self._schedule():
+                    self._step(sequences)
         except PlanPatchError as error:
             self._fail(error)
         except Exception as fault:
@@ -339,6 +344,7 @@ class InProcessEngine:
         self._batch_rows: list[_Sequence] = []
         self._switch.activate(self._adapter)
         on_gpu = loaded.device.type != "cpu"
+        self._max_rows = self._config.max_rows_gpu if on_gpu else self._config.max_rows
         self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
         with self._changed:
             self._loaded = loaded
@@ -370,9 +376,9 @@ class InProcessEngine:
             equals = [sequence for sequence in waiting if sequence.request.priority == first.request.priority]
             decoding = [sequence for sequence in equals if sequence.is_decoding]
             joining = [sequence for sequence in equals if not sequence.is_decoding]
-            if joining and len(decoding) < self._config.max_rows:
+            if joining and len(decoding) < self._max_rows:
                 return joining[:1]
-            return self._batchable(decoding)[: self._config.max_rows]
+            return self._batchable(decoding)[: self._max_rows]
 
     def _batchable(self, decoding: list[_Sequence]) -> list[_Sequence]:
         """Those that can share a step with the first: the same adapter, and caches of ours."""
@@ -450,10 +456,9 @@ class InProcessEngine:
         assert self._loaded is not None
         end = min(len(sequence.token_ids), sequence.num_computed + self._chunk_tokens)
         chunk = torch.tensor([sequence.token_ids[sequence.num_computed : end]], device=self._loaded.device)
-        with torch.inference_mode():
-            output = self._loaded.model(
-                input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True, logits_to_keep=1
-            )
+        output = self._loaded.model(
+            input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True, logits_to_keep=1
+        )
         sequence.num_computed = end
         return output.logits[0, -1] if end == len(sequence.token_ids) else None
 
