@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from engine.errors import UsageError
+from engine.errors import PathError, UsageError
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -90,8 +91,7 @@ def find_target(
     """
     if module and (function or line):
         raise UsageError("--module cannot be combined with --function or --line")
-    root = session.settings.root
-    source = read_source(file, session.paths.resolve(root) if root else None)
+    source = _read_inside_root(session, file)
     if not (module or function or line):
         names = [scope.qualname for scope in list_scopes(source) if scope.kind != "module"]
         listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
@@ -100,6 +100,18 @@ def find_target(
             hint=f"Give --function NAME, --line N or --module. It has: {listed or 'no function'}",
         )
     return source, find_scope(source, function, line)
+
+
+def _read_inside_root(session: Session, file: Path) -> Source:
+    """The file, named as the user named it; a relative name starts at the current folder, also where a root is set."""
+    if not session.settings.root:
+        return read_source(file)
+    root = session.paths.resolve(session.settings.root)
+    if not root.is_dir():
+        raise PathError(
+            f"The root {root} is not a folder ({session.settings.source_of('root')})", hint="Correct the setting root."
+        )
+    return replace(read_source(file.absolute(), root), path=file.as_posix())
 
 
 @contextmanager

@@ -16,10 +16,7 @@ from lsp_server.cli_options import open_engine
 from lsp_server.session import Session
 
 FUNCTION = "bitcount"
-INTENT = (
-    "Fix the bug in `bitcount`: it must return the number of 1-bits of the nonnegative int n, but it never returns. "
-    "Each turn of the loop has to clear the lowest set bit of n."
-)
+INTENT = "The loop never ends: each turn must clear the lowest set bit of n."
 BROKEN = '''"""Counting bits."""
 
 

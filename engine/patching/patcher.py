@@ -576,10 +576,14 @@ class Patcher:
     # --- generation -----------------------------------------------------------------------------------------------
 
     def _fitting_context(self, source: Source, scope: Scope) -> Context:
-        """Surroundings within both budgets; the function is never cut."""
+        """Surroundings within both budgets; the function is never cut.
+
+        The file is shown by its name alone, so that the answer does not depend on the folder it lies in.
+        """
+        named = replace(source, path=source.path.replace("\\", "/").rpartition("/")[2])
         max_chars = self.options.surroundings_chars
         while True:
-            context = build_context(source, scope, max_chars=max_chars)
+            context = build_context(named, scope, max_chars=max_chars)
             around = context.imports + context.class_header + context.signatures + context.before + context.after
             if max_chars == 0 or len(self.engine.tokenizer.encode(around)) <= self.options.context_tokens:
                 return context
