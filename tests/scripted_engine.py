@@ -61,8 +61,8 @@ Script = Sequence[Answer] | Callable[[str], Answer]
 class ScriptedEngine:
     """See the module's docstring.
 
-    `prompts` and `requests` hold what was asked, in order; `was_cancelled` is set by the first cancel. An error in place
-    of an answer is raised while streaming; after `fail()` the engine is one whose device failed.
+    `prompts` and `requests` hold what was asked, in order; `was_cancelled` is set by the first cancel. An error in
+    place of an answer is raised while streaming; after `fail()` the engine is one whose device failed.
     """
 
     def __init__(self, script: Script, *, context_length: int = 1_000_000) -> None:
