@@ -411,7 +411,8 @@ def run_cases(
 ) -> RunTotals:
     """Run cases, several at once, and write each when it completes.
 
-    The order of the lines is the order in which cases complete. Results do not depend on `num_workers`.
+    The order of the lines is the order in which cases complete. Results do not depend on `num_workers`, but for ties:
+    rows computed together may round differently, which can turn a choice between two equally likely tokens.
 
     Args:
         runner: Runs one.

@@ -52,7 +52,7 @@ from lsp_server.cli_options import (
     open_session,
 )
 
-bench_app = typer.Typer(help="Measure.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 FormatOption = Annotated[
     Literal["auto", "rewrite", "json_edits"] | None, typer.Option("--format", help="What the model writes.")
