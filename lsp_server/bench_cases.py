@@ -2,7 +2,8 @@
 
 Of a row only `id, file_name, before, function, scope, intent` are read, and a case holds nothing else, so that a
 solution or a test in the row cannot reach the model. Lines are written as cases complete, each flushed to the disk
-before the next, so a run that is killed loses only the cases in flight and `--resume` goes on with them.
+before the next, so a run that is killed loses only the cases in flight and `--resume` goes on with them. Details are
+written before results; after a kill in between they have a case twice, and the later line holds.
 
 Not covered: whether an edit is right (that takes the tasks' tests), and two runs that write the same results at once.
 """

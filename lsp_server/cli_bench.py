@@ -226,7 +226,7 @@ def _run(
                 runner, waiting, results, details, num_workers=min(batch, len(waiting)), on_result=progress
             )
     except KeyboardInterrupt:
-        console.say(escape(f"{len(results.lines)} results are in {results.path}; --resume goes on from there"))
+        console.say(escape(f"{results.path} has every case that was done; --resume goes on from there"))
         raise
 
 

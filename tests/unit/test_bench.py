@@ -350,7 +350,7 @@ def test_ctrl_c_stops_the_case_in_flight_and_keeps_what_is_written(
     engine = ScriptedEngine(answering(interrupted))
     assert run(engine, "bench cases cases.jsonl --out results.jsonl") == 130
     assert [line["id"] for line in read_rows(out)] == ["a"]
-    assert "1 results are in results.jsonl; --resume goes on from there" in capsys.readouterr().err
+    assert "results.jsonl has every case that was done; --resume goes on from there" in capsys.readouterr().err
 
 
 def test_an_engine_that_fails_for_good_ends_the_run_with_what_is_written(
