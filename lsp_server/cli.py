@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -212,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         code = _run(lambda: app(args=arguments, prog_name="planpatch", standalone_mode=False))
+        if code == 130:
+            console.say("interrupted")
         return code if isinstance(code, int) else 0
     except PlanPatchError as error:
         console.print_error(error, as_json=as_json)
@@ -225,16 +227,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(call: Callable[[], Any]) -> Any:
-    """Click's own errors become exit code 2 with its message; `Exit` keeps its code."""
-    import click
-
+    """Errors of the option parser become ours; typer may carry a click of its own, so they are known by a method."""
     try:
         return call()
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except click.ClickException as fault:
-        fault.show()
-        return 2
+    except Exception as fault:
+        tell = cast("Callable[[], str] | None", getattr(fault, "format_message", None))
+        if tell is None:
+            raise
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            console.err.print(tell(), markup=False)
+            return 2
+        command = cast("str", getattr(getattr(fault, "ctx", None), "command_path", "planpatch"))
+        raise UsageError(tell().replace("Value error, ", ""), hint=f"{command} --help") from None
 
 
 def _force_utf8() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from engine.errors import StaleTextError, UsageError
+from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Applied, State
 from lsp_server import console
@@ -118,8 +118,13 @@ def export(
             return
         if out.exists() and not force:
             raise UsageError(f"{out} exists already", hint="Give another name, or --force.")
-        with out.open("w", encoding="utf-8", newline="\n") as stream:
-            num_written = ledger.export(stream)
+        try:
+            with out.open("w", encoding="utf-8", newline="\n") as stream:
+                num_written = ledger.export(stream)
+        except OSError as fault:
+            raise WriteError(
+                f"{out} cannot be written: {fault.strerror or fault}", hint="Give another --out, or free disk space."
+            ) from fault
     console.say(f"{num_written} proposals written to {escape(str(out))}")
 
 

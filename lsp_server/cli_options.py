@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from engine.errors import PathError, UsageError
+from engine.errors import PathError, SettingError, UsageError
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -52,10 +52,14 @@ def open_session(options: Mapping[str, object], file: Path | None, as_json: bool
         The session.
 
     Raises:
-        PathError: The home is not usable.
+        PathError: PLANPATCH_HOME or PLANPATCH_CONFIG is not absolute.
+        WriteError: The home cannot be made.
+        SettingError: An option has a value that cannot be used.
     """
     session = Session.open(os.environ, options, _workspace_of(file))
     for problem in session.problems:
+        if problem.source.startswith("command line:"):
+            raise SettingError(str(problem).replace("; the default stands.", "."))
         console.say(f"[yellow]setting ignored:[/] {escape(str(problem))}")
     return session
 
