@@ -5,6 +5,7 @@ Commands are thin: they read options, open a `Session`, call, and print for peop
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -51,19 +52,19 @@ FormatOption = Annotated[
 ]
 
 
-@app.callback()
-def _root(
-    _version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda v: _show_version(v))
-    ] = False,
-) -> None:
-    """Plan and patch Python functions with a local model. Nothing leaves this machine."""
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"planpatch {version('planpatch')}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Plan and patch Python functions with a local model. Nothing leaves this machine."""
 
 
 @app.command()
@@ -243,7 +244,7 @@ def _run(call: Callable[[], Any]) -> Any:
 
 def _force_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "strict")
 
 
