@@ -57,7 +57,7 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 FormatOption = Annotated[
     Literal["auto", "rewrite", "json_edits"] | None, typer.Option("--format", help="What the model writes.")
 ]
-PlanOption = Annotated[bool, typer.Option("--plan/--no-plan", help="Whether to plan first.")]
+PlanOption = Annotated[bool, typer.Option("--plan/--no-plan", help="Whether to plan first and follow that plan.")]
 
 _SECONDS_BETWEEN_LINES = 10.0
 _MAX_BATCH = 64  # the engine's queue
@@ -75,7 +75,7 @@ def repeat(
     ] = False,
     csv_dir: Annotated[Path, typer.Option(help="Folder of the CSV files and the plot.")] = Path("."),
     edit_format: FormatOption = None,
-    with_plan: PlanOption = True,
+    with_plan: PlanOption = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -180,7 +180,7 @@ def cases(
     ids: Annotated[Path | None, typer.Option(help="Only these ids, one a line.", show_default=False)] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Every Nth of the chosen cases, from the Ith on.")] = "1/1",
     edit_format: FormatOption = None,
-    with_plan: PlanOption = True,
+    with_plan: PlanOption = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,

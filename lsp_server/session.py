@@ -223,6 +223,7 @@ def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **cha
         "patch": patch,
         "tokens_per_function_token": settings.patch_tokens_per_function_token,
         "extra_tokens": settings.patch_extra_tokens,
+        "extra_tokens_class": settings.patch_extra_tokens_class,
         "edit_format": settings.format,
         "surroundings_chars": settings.surroundings_chars,
         "context_tokens": settings.context_tokens,

@@ -70,7 +70,8 @@ class Settings:
         plan_top_p: Of a sampled plan.
         patch_max_new_tokens: Token budget of a patch; for `rewrite` its lower bound.
         patch_tokens_per_function_token: For `rewrite`: budget per token of the function.
-        patch_extra_tokens: For `rewrite`: added to that.
+        patch_extra_tokens: For `rewrite` of a function: added to that.
+        patch_extra_tokens_class: For `rewrite` of a class or file: added to that.
         patch_repetition_penalty: Of a patch.
         patch_max_time_gpu_s: Time limit of a patch on a GPU, from leaving the queue.
         patch_max_time_cpu_s: The same on CPU.
@@ -111,6 +112,7 @@ class Settings:
     patch_max_new_tokens: int = _setting(192, values.integer(1, 131_072))
     patch_tokens_per_function_token: float = _setting(1.3, values.real(1, 10))
     patch_extra_tokens: int = _setting(64, values.integer(0, 131_072))
+    patch_extra_tokens_class: int = _setting(384, values.integer(0, 131_072))
     patch_repetition_penalty: float = _setting(1.03, values.real(0.5, 3))
     patch_max_time_gpu_s: float = _setting(25.0, values.real(0.1, 86400))
     patch_max_time_cpu_s: float = _setting(180.0, values.real(0.1, 86400))

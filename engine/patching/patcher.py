@@ -85,7 +85,8 @@ class PatcherOptions:
         plan: Budgets of PLAN.
         patch: Budgets of PATCH.
         tokens_per_function_token: For `rewrite`: budget per token of the function.
-        extra_tokens: For `rewrite`: added to that.
+        extra_tokens: For `rewrite` of a function: added to that.
+        extra_tokens_class: For `rewrite` of a class or file, which may gain whole functions: added to that.
         edit_format: `rewrite` or `json_edits`; `auto` is what the bench says.
         surroundings_chars: Characters of surroundings, the function not counted.
         context_tokens: Tokens of surroundings, the function not counted.
@@ -99,6 +100,7 @@ class PatcherOptions:
     patch: StageOptions = StageOptions(192, 1.03, 180.0)
     tokens_per_function_token: float = 1.3
     extra_tokens: int = 64
+    extra_tokens_class: int = 384
     edit_format: Literal["auto", "rewrite", "json_edits"] = "auto"
     surroundings_chars: int = 1200
     context_tokens: int = 1024
@@ -430,6 +432,7 @@ class Patcher:
             "seed": patch.seed,
             "tokens_per_function_token": self.options.tokens_per_function_token,
             "extra_tokens": self.options.extra_tokens,
+            "extra_tokens_class": self.options.extra_tokens_class,
             "style": self.options.style,
             "num_repairs": self.options.num_repairs,
             "quantization": self.engine.status().quantization,
@@ -477,7 +480,8 @@ class Patcher:
         if job.edit_format.name == "json_edits":
             return least
         num_function_tokens = len(self.engine.tokenizer.encode(job.task.context.function))
-        return max(least, int(self.options.tokens_per_function_token * num_function_tokens) + self.options.extra_tokens)
+        extra = self.options.extra_tokens if job.scope.kind == "function" else self.options.extra_tokens_class
+        return max(least, int(self.options.tokens_per_function_token * num_function_tokens) + extra)
 
     def _proved(self, job: _Job, attempt: _Attempt, num_attempts: int) -> Patch:
         report = attempt.report
