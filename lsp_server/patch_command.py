@@ -6,7 +6,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import UsageError
+from engine.errors import GateError, UsageError
+from engine.patching.gates import run_gates
 from engine.patching.ledger import Ledger
 from engine.patching.patcher import Patch, Patcher, Plan
 from engine.patching.prompts import Feedback
@@ -65,14 +66,19 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
     Raises:
         GateError: No attempt passed the gates.
         UsageError: The options do not fit together.
+        StaleTextError: The file changed while the model wrote.
     """
     if sum(map(bool, (request.plan_id, request.plan_text, request.no_plan))) > 1:
         raise UsageError("--plan-id, --plan and --no-plan exclude each other")
+    if request.hunks is not None and not request.write:
+        raise UsageError("--hunks says what --write writes", hint="Give both.")
     with session.ledger() as ledger:
         source, scope, intent, plan = _target(session, ledger, request)
         with open_engine(session, as_json) as engine:
             patcher = session.patcher(engine, ledger, "cli")
             patch = _make(patcher, request, source, scope, intent, plan, as_json=as_json)
+        if request.hunks is not None:
+            _check_hunks(patch, request.hunks)
         applied = ledger.apply(patch.id, request.hunks) if request.write else None
     if as_json:
         console.print_json({**patch.to_json(), "written": applied is not None})
@@ -133,6 +139,25 @@ def _make(
             preset=request.preset,
             fresh=request.fresh,
             listener=counter,
+        )
+
+
+def _check_hunks(patch: Patch, hunks: tuple[int, ...]) -> None:
+    """A part of a patch is another patch: every gate must pass it too."""
+    if max(hunks) >= len(patch.edits):
+        raise UsageError(
+            f"--hunks names hunk {max(hunks) + 1}, and {patch.id} has {len(patch.edits)}",
+            hint=f"planpatch ledger show {patch.id}",
+        )
+    chosen = [edit for index, edit in enumerate(patch.edits) if index in hunks]
+    report = run_gates(patch.source, patch.scope, chosen, imports=patch.imports, expected_sha256=patch.source.sha256)
+    if report.refused is not None:
+        raise GateError(
+            f"These hunks alone were refused by the gate `{report.refused.gate}`: {report.refused.reason}",
+            hint="Choose others with --hunks, or write the whole patch.",
+            gate=report.refused.gate,
+            gates=[verdict.to_json() for verdict in report.verdicts],
+            patch_id=patch.id,
         )
 
 
