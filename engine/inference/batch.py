@@ -24,22 +24,25 @@ _SPARE_TOKENS = 256
 class _Rows(DynamicLayer):
     """One layer's keys and values, `[num_rows, num_kv_heads, capacity, head_dim]`; row i has `lengths[i]` tokens."""
 
-    def __init__(self, lengths: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor) -> None:
         super().__init__()
+        self.tensors = (keys, values)
         self.lengths = lengths
+        self.is_initialized = True
+        self.max_tokens = 0  # of the longest row before this step
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token a row at the row's own place."""
         rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.keys[rows, :, self.lengths] = key_states[:, :, 0]
-        self.values[rows, :, self.lengths] = value_states[:, :, 0]
-        end = int(self.max_tokens) + 1
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    max_tokens = 0  # longest row before this step
+        keys, values = self.tensors
+        keys[rows, :, self.lengths] = key_states[:, :, 0]
+        values[rows, :, self.lengths] = value_states[:, :, 0]
+        return keys[:, :, : self.max_tokens + 1], values[:, :, : self.max_tokens + 1]
 
     def get_seq_length(self) -> int:
+        """Tokens of the longest row, as transformers asks."""
         return self.max_tokens
 
 
@@ -52,23 +55,20 @@ class DecodeBatch:
 
     def __init__(self, kv_caches: Sequence[KVCache]) -> None:
         self._lengths = [kv_cache.num_tokens for kv_cache in kv_caches]
-        first = kv_caches[0].layers[0].keys
-        self._device = first.device
+        self._device = kv_caches[0].kv_layers[0].tensors[0].device
         self._lengths_tensor = torch.tensor(self._lengths, device=self._device)
-        self._layers = [self._join([cache.layers[index] for cache in kv_caches]) for index in range(len(kv_caches[0]))]
+        self._capacity = max(self._lengths) + _SPARE_TOKENS
+        columns = zip(*(kv_cache.kv_layers for kv_cache in kv_caches), strict=True)
+        self._layers = [self._join([layer.tensors for layer in layers]) for layers in columns]
         self._cache = Cache(layers=list(self._layers))
 
-    def _join(self, layers: Sequence[DynamicLayer]) -> _Rows:
-        joined = _Rows(self._lengths_tensor)
-        capacity = max(self._lengths) + _SPARE_TOKENS
-        joined.keys = self._padded([layer.keys for layer in layers], capacity)
-        joined.values = self._padded([layer.values for layer in layers], capacity)
-        joined.is_initialized = True
-        return joined
+    def _join(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Rows:
+        keys, values = ([pair[index] for pair in pairs] for index in (0, 1))
+        return _Rows(self._padded(keys), self._padded(values), self._lengths_tensor)
 
-    def _padded(self, tensors: Sequence[torch.Tensor], capacity: int) -> torch.Tensor:
+    def _padded(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         _, num_heads, _, head_dim = tensors[0].shape
-        padded = tensors[0].new_zeros((len(tensors), num_heads, capacity, head_dim))
+        padded = tensors[0].new_zeros((len(tensors), num_heads, self._capacity, head_dim))
         for row, (tensor, length) in enumerate(zip(tensors, self._lengths, strict=True)):
             padded[row, :, :length] = tensor[0, :, :length]
         return padded
@@ -76,7 +76,7 @@ class DecodeBatch:
     @property
     def is_full(self) -> bool:
         """Whether the longest row has no place left; then the batch has to be made again."""
-        return max(self._lengths) >= self._layers[0].keys.shape[2]
+        return max(self._lengths) >= self._capacity
 
     def step(self, model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
         """One token a row.
@@ -112,7 +112,6 @@ class DecodeBatch:
             kv_cache: The cache that was put in.
         """
         start, end = kv_cache.num_tokens, self._lengths[row]
-        for index, layer in enumerate(self._layers):
-            kv_cache.layers[index].update(
-                layer.keys[row : row + 1, :, start:end], layer.values[row : row + 1, :, start:end]
-            )
+        for own, layer in zip(kv_cache.kv_layers, self._layers, strict=True):
+            keys, values = layer.tensors
+            own.update(keys[row : row + 1, :, start:end], values[row : row + 1, :, start:end])

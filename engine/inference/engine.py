@@ -1,7 +1,7 @@
 """The engine in this process: one thread owns the model, everyone else queues a request and awaits it.
 
-One step advances one request by a prefill chunk, or several by one token each; before each step the scheduler picks
-what matters most, so an interactive request pauses a background one at the next step, and a cancelled request stops there.
+One step advances one request by a prefill chunk, or several by one token each. Before each step the scheduler picks
+what matters most: an interactive request pauses a background one at the next step, and a cancelled one stops there.
 """
 
 from __future__ import annotations

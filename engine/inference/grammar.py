@@ -85,5 +85,6 @@ def _llguidance_grammar(grammar: Grammar) -> str:
         json.loads(grammar.text)
     except ValueError as fault:
         raise UsageError(f"The JSON schema is not JSON: {fault}") from fault
-    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return llguidance.LLMatcher.grammar_from_json_schema(grammar.text, defaults=options)
+    return llguidance.LLMatcher.grammar_from_json_schema(
+        grammar.text, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    )

@@ -18,32 +18,42 @@ from transformers.cache_utils import Cache, DynamicLayer
 _MIN_CAPACITY = 256
 
 
-class _Layer(DynamicLayer):
+class KVLayer(DynamicLayer):
     """One layer's keys and values, `[1, num_kv_heads, capacity, head_dim]`; the first `num_tokens` are in use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_tokens = 0
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers of keys and values, once the layer holds tokens."""
+        assert self.keys is not None and self.values is not None, "the layer holds no tokens"
+        return self.keys, self.values
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens; returns all keys and values so far."""
         end = self.num_tokens + key_states.shape[-2]
-        self._reserve(end, key_states, value_states)
-        self.keys[:, :, self.num_tokens : end] = key_states
-        self.values[:, :, self.num_tokens : end] = value_states
+        keys, values = self._reserve(end, key_states, value_states)
+        keys[:, :, self.num_tokens : end] = key_states
+        values[:, :, self.num_tokens : end] = value_states
         self.num_tokens = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
-    def _reserve(self, num_tokens: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _reserve(
+        self, num_tokens: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys = self._grown(key_states, None, num_tokens)
             self.values = self._grown(value_states, None, num_tokens)
             self.is_initialized = True
-        elif num_tokens > self.keys.shape[-2]:
+        elif num_tokens > self.tensors[0].shape[-2]:
             self.keys = self._grown(key_states, self.keys, num_tokens)
             self.values = self._grown(value_states, self.values, num_tokens)
+        return self.tensors
 
     def _grown(self, like: torch.Tensor, old: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
         capacity = _MIN_CAPACITY
@@ -55,21 +65,21 @@ class _Layer(DynamicLayer):
         return grown
 
     def get_seq_length(self) -> int:
+        """How many tokens it holds, as transformers asks."""
         return self.num_tokens
 
-    def copy_prefix(self, num_tokens: int) -> _Layer:
-        copy = _Layer()
+    def copy_prefix(self, num_tokens: int) -> KVLayer:
+        """A layer of its own with the first tokens of this one."""
+        copy = KVLayer()
         if num_tokens:
-            keys, values = self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens]
-            copy._reserve(num_tokens, keys, values)
-            copy.keys[:, :, :num_tokens] = keys
-            copy.values[:, :, :num_tokens] = values
-            copy.num_tokens = num_tokens
+            keys, values = self.tensors
+            copy.update(keys[:, :, :num_tokens], values[:, :, :num_tokens])
         return copy
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size() if self.is_initialized else 0
+        """Memory of its buffers."""
+        return sum(tensor.nbytes for tensor in self.tensors) if self.is_initialized else 0
 
 
 class KVCache(Cache):
@@ -79,33 +89,34 @@ class KVCache(Cache):
         layers: One per decoder layer of the model.
     """
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: Sequence[KVLayer]) -> None:
         super().__init__(layers=list(layers))
+        self.kv_layers = tuple(layers)
 
     @classmethod
     def empty(cls, num_layers: int) -> KVCache:
         """A cache of no tokens."""
-        return cls([_Layer() for _ in range(num_layers)])
+        return cls([KVLayer() for _ in range(num_layers)])
 
     @property
     def num_tokens(self) -> int:
         """How many tokens it holds."""
-        return self.layers[0].get_seq_length()
+        return self.kv_layers[0].num_tokens
 
     @property
     def num_bytes(self) -> int:
         """Memory of its buffers."""
-        return sum(layer.num_bytes for layer in self.layers)
+        return sum(layer.num_bytes for layer in self.kv_layers)
 
     def truncate(self, num_tokens: int) -> None:
         """Go back to the first `num_tokens` tokens; O(1)."""
         assert 0 <= num_tokens <= self.num_tokens, "a KV cache only goes back"
-        for layer in self.layers:
+        for layer in self.kv_layers:
             layer.num_tokens = num_tokens
 
     def copy_prefix(self, num_tokens: int) -> KVCache:
         """A cache of its own with the first `num_tokens` tokens of this one."""
-        return KVCache([layer.copy_prefix(num_tokens) for layer in self.layers])
+        return KVCache([layer.copy_prefix(num_tokens) for layer in self.kv_layers])
 
 
 def new_kv_cache(config: PretrainedConfig) -> Cache:

@@ -197,8 +197,14 @@ def load_model(
         device=torch.device(device),
         quantization=chosen,
         context_length=context_length_of(folder),
-        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        vocab_size=_vocab_size(model),
     )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has a head"
+    return int(head.weight.shape[0])
 
 
 def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:

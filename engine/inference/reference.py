@@ -56,7 +56,7 @@ def reference_step(
         processors = LogitsProcessorList()
         if repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-        scores = processors(ids, logits)[0]
+        scores = processors(ids, logits)[0]  # pyright: ignore[reportArgumentType]
         if allowed is not None:
             scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
     top = scores.topk(2)

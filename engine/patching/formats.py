@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from engine.errors import PlanPatchError, UnknownScopeError
 from engine.inference.protocol import Grammar, Message
@@ -139,7 +139,8 @@ class JsonEdits:
             value = json.loads(text)
         except ValueError:
             return Answer([text])
-        return Answer([_with_newline(item, source.newline) for item in value] if isinstance(value, list) else [value])
+        items = cast(list[object], value) if isinstance(value, list) else [cast(object, value)]
+        return Answer([_with_newline(item, source.newline) for item in items])
 
 
 FORMATS: dict[FormatName, EditFormat] = {"rewrite": Rewrite(), "json_edits": JsonEdits()}
@@ -192,7 +193,9 @@ _JSON_STRING = r'"(\\(["\\\/bfnrt]|u[a-fA-F0-9]{4})|[^\\"\x00-\x1F\x7F])+"'
 
 def _rules_from(source: Source, start: int, ends: range) -> list[str]:
     """What may follow `"start_line": start`: an end line, the text between, and for `replace` any other text."""
-    replace, delete, rules = [], [], []
+    replace: list[str] = []
+    delete: list[str] = []
+    rules: list[str] = []
     for end in ends:
         pre = json.dumps(source.text_between(start, end), ensure_ascii=False)
         other = f"OTHER_{start}_{end}"
@@ -218,12 +221,16 @@ def _lark(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _with_newline(item: Any, newline: str) -> Any:
-    if isinstance(item, dict) and isinstance(item.get("new"), str):
-        new = re.sub(r"\r\n?|\n", "\n", item["new"])
-        new = new.removesuffix("\n") if new != "\n" else new
-        return {**item, "new": new.replace("\n", newline)}
-    return item
+def _with_newline(item: object, newline: str) -> object:
+    if not isinstance(item, dict):
+        return item
+    fields = cast(dict[str, object], item)
+    new = fields.get("new")
+    if not isinstance(new, str):
+        return fields
+    new = re.sub(r"\r\n?|\n", "\n", new)
+    new = new.removesuffix("\n") if new != "\n" else new
+    return {**fields, "new": new.replace("\n", newline)}
 
 
 def _cut_out(answer: Source, scope: Scope) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +24,11 @@ from engine.inference.protocol import (
     Message,
     Priority,
     SamplingParams,
-    Token,
 )
 from engine.patching.context import Context, build_context
 from engine.patching.edits import Edit, apply_edits, edits_from_json, resolve_anchors, unified_diff
 from engine.patching.formats import FORMATS, Answer, EditFormat, FormatName, strip_thinking
-from engine.patching.gates import GateReport, run_gates
+from engine.patching.gates import GateReport, Verdict, run_gates
 from engine.patching.ledger import Ledger, request_key
 from engine.patching.ledger_records import Entry, PlanRecord, Proposal, Surface
 from engine.patching.names import import_edit, suggest_imports
@@ -276,7 +274,7 @@ class _Job:
     key: str
     started_at: float
     timings: Timings = field(default_factory=Timings)
-    gates_seen: list[Any] = field(default_factory=list)
+    gates_seen: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 class Patcher:
@@ -442,23 +440,20 @@ class Patcher:
         return "rewrite" if self.options.edit_format == "auto" else self.options.edit_format
 
     def _attempts(self, job: _Job, listener: Listener | None) -> tuple[_Attempt, int]:
-        """Ask, prove, and ask once more with the gate's reason if it refused."""
+        """Ask, prove, and while repairs are left ask again with the gate's reason."""
         messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
-        for number in range(1 + self.options.num_repairs):
-            attempt = self._attempt(job, messages, "repair" if number else "patch", listener)
-            refused = attempt.report.refused
-            if refused is None:
-                return attempt, number + 1
+        num_attempts = 1
+        attempt = self._attempt(job, messages, "patch", listener)
+        while (refused := attempt.report.refused) is not None:
             job.gates_seen = [verdict.to_json() for verdict in attempt.report.verdicts]
+            if num_attempts > self.options.num_repairs:
+                raise _refusal(refused, job.gates_seen)
             written = job.edit_format.prefill(job.task) + attempt.answer_text + "".join(job.edit_format.stop(job.task))
             wants_json = job.edit_format.name == "json_edits"
             messages = [*messages, *repair_turns(written, refused.gate, refused.reason, wants_json=wants_json)]
-        raise GateError(
-            f"The patch was refused by the gate `{refused.gate}`: {refused.reason}",
-            hint="Say the change in other words, or give a plan that names the lines.",
-            gate=refused.gate,
-            gates=job.gates_seen,
-        )
+            attempt = self._attempt(job, messages, "repair", listener)
+            num_attempts += 1
+        return attempt, num_attempts
 
     def _attempt(self, job: _Job, messages: Sequence[Message], stage: Stage, listener: Listener | None) -> _Attempt:
         prefill = job.edit_format.prefill(job.task)
@@ -611,13 +606,21 @@ class Patcher:
             raise ContextLengthError(
                 f"{where} does not fit: {error.message}", hint=error.hint, **error.details
             ) from None
-        with closing(self.engine.stream(request_id)) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Completion):
-                    return event
-                if isinstance(event, Token) and event.text and listener is not None:
-                    listener(stage, event.text)
+        for event in self.engine.stream(request_id):
+            if isinstance(event, Completion):
+                return event
+            if event.text and listener is not None:
+                listener(stage, event.text)
         raise AssertionError("a stream ends with a Completion")
+
+
+def _refusal(refused: Verdict, gates: list[dict[str, Any]]) -> GateError:
+    return GateError(
+        f"The patch was refused by the gate `{refused.gate}`: {refused.reason}",
+        hint="Say the change in other words, or give a plan that names the lines.",
+        gate=refused.gate,
+        gates=gates,
+    )
 
 
 def _with_imports(source: Source, scope: Scope, answer: Answer) -> tuple[Sequence[Any], tuple[str, ...]]:

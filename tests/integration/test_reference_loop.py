@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -245,7 +246,7 @@ def make_adapter(loaded: LoadedModel, folder: Path, *, rows_missing: int = 0) ->
     for layer in range(2):
         for name in ("q_proj", "v_proj"):
             module = loaded.model.get_submodule(f"model.layers.{layer}.self_attn.{name}")
-            base = getattr(module, "base_layer", module)
+            base = cast(torch.nn.Linear, getattr(module, "base_layer", module))
             key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(4, base.in_features - rows_missing)
             tensors[f"{key}.lora_B.weight"] = torch.randn(base.out_features, 4) * 0.2
