@@ -12,9 +12,10 @@ from rich.markup import escape
 
 from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Applied, State
+from engine.patching.ledger_records import Applied, Label, State
 from lsp_server import console
 from lsp_server.cli_options import JsonOption, open_session
+from lsp_server.session import prune_ledger
 
 ledger_app = typer.Typer(help="Proposed patches and what became of them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,15 +39,14 @@ def list_proposals(
     rows = [
         (
             line.id,
-            line.created_at[:16].replace("T", " "),
-            line.state.value,
-            line.label.value,
+            line.created_at[5:16].replace("T", " "),
+            line.state.value if line.label is Label.UNREVIEWED else line.label.value,
             f"{line.path.name if line.path else 'pasted code'}{f':{line.scope}' if line.scope else ''}",
-            line.intent,
+            " ".join(line.intent.split()),
         )
         for line in lines
     ]
-    console.print_table("", ("patch", "made (UTC)", "state", "label", "where", "intent"), rows)
+    console.print_table("", ("patch", "made (UTC)", "state", "where", "intent"), rows, one_line=True)
 
 
 @ledger_app.command()
@@ -135,10 +135,8 @@ def prune(
 ) -> None:
     """Drop what is older or larger than the settings allow."""
     session = open_session({}, None, as_json)
-    settings = session.settings
     with session.ledger() as ledger:
-        kept_days = settings.ledger_retention_days if days is None else days
-        pruned = ledger.prune(max_age_days=kept_days or 1e6, max_bytes=settings.ledger_max_bytes or 2**62)
+        pruned = prune_ledger(ledger, session.settings, days=days)
     if as_json:
         console.print_json({"proposals": pruned.num_proposals})
         return

@@ -50,14 +50,21 @@ def print_diff(diff: str) -> None:
         sys.stdout.write(diff)
 
 
-def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table on stdout; cells are shown as they are, markup in them is not read."""
+def print_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, one_line: bool = False
+) -> None:
+    """A table on stdout; cells are shown as they are, markup in them is not read.
+
+    With `one_line` each row takes one line: the last column is cut where the terminal ends.
+    """
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    names = list(columns)
+    for column in names:
+        is_cut = one_line and column == names[-1]
+        table.add_column(column, overflow="ellipsis" if is_cut else "fold", no_wrap=one_line)
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    out.print(table)
+    out.print(table, soft_wrap=False)
 
 
 @contextmanager

@@ -32,6 +32,11 @@ class Paths:
         return self.home / "ledger.sqlite3"
 
     @property
+    def retention_mark(self) -> Path:
+        """An empty file whose time says when the ledger was last pruned."""
+        return self.home / "ledger.pruned"
+
+    @property
     def models(self) -> Path:
         """Pulled and converted models."""
         return self.home / "models"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,15 @@ from engine.inference.loading import Quantization, choose_device, choose_quantiz
 from engine.inference.protocol import Engine, Priority
 from engine.inference.store import LocalModel, ModelStore, Progress, ProgressCallback
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Surface
+from engine.patching.ledger_records import Pruned, Surface
 from engine.patching.patcher import Patcher, PatcherOptions, StageOptions
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.paths import Paths, find_paths, make_private_folder
 from lsp_server.settings import SettingProblem, Settings, load_settings
+
+_RETENTION_INTERVAL_S = 24 * 3600
+_FOREVER_DAYS = 36_500
+_NO_LIMIT_BYTES = 2**62
 
 
 class Session:
@@ -60,12 +65,17 @@ class Session:
         return cls(paths, settings, problems)
 
     def ledger(self) -> Ledger:
-        """The ledger, opened.
+        """The ledger, opened; once a day what the retention settings no longer keep is dropped.
 
         Raises:
             LedgerError: It cannot be read or written.
         """
-        return Ledger(self.paths.ledger)
+        ledger = Ledger(self.paths.ledger)
+        mark = self.paths.retention_mark
+        if not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S:
+            prune_ledger(ledger, self.settings)
+            mark.touch()
+        return ledger
 
     def model_ref(self) -> ModelRef:
         """The model that the settings name; `auto` looks at this machine.
@@ -188,6 +198,24 @@ class Session:
 
 def _untold(_: Progress) -> None:
     """Progress that nobody watches."""
+
+
+def prune_ledger(ledger: Ledger, settings: Settings, *, days: float | None = None) -> Pruned:
+    """Drop what the retention settings no longer keep; 0 keeps everything.
+
+    Args:
+        ledger: The ledger.
+        settings: Days and bytes to keep.
+        days: Instead of the setting's.
+
+    Returns:
+        What was dropped.
+
+    Raises:
+        LedgerError: It cannot be written.
+    """
+    kept_days = settings.ledger_retention_days if days is None else days
+    return ledger.prune(max_age_days=kept_days or _FOREVER_DAYS, max_bytes=settings.ledger_max_bytes or _NO_LIMIT_BYTES)
 
 
 def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **changes: object) -> PatcherOptions:
