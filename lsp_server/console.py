@@ -58,12 +58,16 @@ def print_table(
     With `one_line` each row takes one line: the last column is cut where the terminal ends.
     """
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    names = list(columns)
-    for column in names:
-        is_cut = one_line and column == names[-1]
-        table.add_column(column, overflow="ellipsis" if is_cut else "fold", no_wrap=one_line)
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+    names, cells = list(columns), [[str(cell) for cell in row] for row in rows]
+    for index, name in enumerate(names):
+        if not one_line:
+            table.add_column(name, overflow="fold")
+        elif index == len(names) - 1:
+            table.add_column(name, overflow="ellipsis", no_wrap=True, ratio=1)
+        else:
+            table.add_column(name, no_wrap=True, min_width=max(len(row[index]) for row in [names, *cells]))
+    for row in cells:
+        table.add_row(*map(escape, row))
     out.print(table, soft_wrap=False)
 
 
