@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -59,16 +60,19 @@ def print_table(
     """
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
     names, cells = list(columns), [[str(cell) for cell in row] for row in rows]
-    for index, name in enumerate(names):
-        if not one_line:
-            table.add_column(name, overflow="fold")
-        elif index == len(names) - 1:
-            table.add_column(name, overflow="ellipsis", no_wrap=True, ratio=1)
-        else:
-            table.add_column(name, no_wrap=True, min_width=max(len(row[index]) for row in [names, *cells]))
+    for name in names:
+        table.add_column(name, overflow="fold", no_wrap=one_line)
+    if one_line:
+        widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+        room = max(10, out.width - sum(widths[:-1]) - 2 * len(names[:-1]))
+        cells = [[*row[:-1], _clipped(row[-1], room)] for row in cells]
     for row in cells:
         table.add_row(*map(escape, row))
     out.print(table, soft_wrap=False)
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 @contextmanager
