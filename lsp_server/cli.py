@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = _run(lambda: app(args=arguments, prog_name="planpatch", standalone_mode=False))
         if code == 130:
             console.say("interrupted")
+        sys.stdout.flush()  # here, where a reader that went away can be told from a fault
         return code if isinstance(code, int) else 0
     except PlanPatchError as error:
         console.print_error(error, as_json=as_json)
