@@ -9,24 +9,34 @@ Nothing here decides whether a patch is good: the gates do.
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
-from engine.errors import PlanPatchError, UnknownScopeError
 from engine.inference.protocol import Grammar, Message
-from engine.patching.edits import Edit, diff_edits, lines_inside_strings
-from engine.patching.names import module_imports
+from engine.patching.edits import Edit, apply_edits, diff_edits
+from engine.patching.names import BUILTIN_NAMES, import_edit, missing_stdlib_imports, newly_undefined, use_of_names
 from engine.patching.prompts import Task, fence_of, json_messages, rewrite_messages
-from engine.patching.scopes import ParseFault, Scope, find_scope, indent_width, leading_whitespace, parse_text
-from engine.patching.source import Source
+from engine.patching.scopes import (
+    DefinitionNode,
+    ParseFault,
+    Scope,
+    indent_width,
+    leading_whitespace,
+    list_scopes,
+    parse_text,
+    standalone_text,
+)
+from engine.patching.source import Source, split_lines
 
 FormatName = Literal["rewrite", "json_edits"]
 
 _MAX_ANCHORS = 1500  # (start, end) pairs in one grammar; llguidance compiles them in about 0.1 s
-_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_THINK = re.compile(r"^[ \t]*<think>.*?(?:</think>|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +110,11 @@ class Rewrite:
         Returns:
             The hunks, and the imports written beside the function that the file does not have.
         """
-        answer = Source.from_text(strip_thinking(text).strip("\r\n"), source.path)
+        answer = Source(source.path, *split_lines(strip_thinking(text).strip("\r\n")))
         if scope.kind == "module":
-            return Answer(diff_edits(source, answer.lines, scope))
-        lines = _cut_out(answer, scope)
-        lines = _reindented(lines, scope, source)
-        return Answer(diff_edits(source, lines, scope), _new_imports(answer, lines, source))
+            return Answer(diff_edits(source, _with_forgotten_imports(answer, source).lines, scope))
+        lines = _reindented(_cut_out(answer, scope, source), scope, source)
+        return Answer(diff_edits(source, lines, scope), _new_imports(answer, lines, scope, source))
 
 
 class JsonEdits:
@@ -137,7 +146,7 @@ class JsonEdits:
         """Parse the list; lines of `new` get the file's newline, and hunks are made minimal by the gates' anchors."""
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Answer([text])
         items = cast(list[object], value) if isinstance(value, list) else [cast(object, value)]
         return Answer([_with_newline(item, source.newline) for item in items])
@@ -147,7 +156,7 @@ FORMATS: dict[FormatName, EditFormat] = {"rewrite": Rewrite(), "json_edits": Jso
 
 
 def strip_thinking(text: str) -> str:
-    """Text without `<think>` blocks, closed or not.
+    """Text without `<think>` blocks, closed or not; one inside a line is code that speaks of such blocks.
 
     Args:
         text: What the model wrote.
@@ -174,21 +183,24 @@ def edits_grammar(source: Source, scope: Scope) -> str:
     path = json.dumps(source.path.replace("\\", "/").rpartition("/")[2], ensure_ascii=False)
     numbers = range(scope.start_line, scope.end_line + 1)
     longest = max(1, min(len(numbers), _MAX_ANCHORS // max(1, len(numbers))))
+    actions = "replace | insert | delete" if numbers else "insert"  # a scope without lines has none to replace
     rules = [
         'start: "[" edit (", " edit){0,7} "]"',
-        "edit: " + _lark('{"path": ' + path + ', "action": ') + ' (replace | insert | delete) "}"',
+        "edit: " + _lark('{"path": ' + path + ', "action": ') + f' ({actions}) "}}"',
         f"STRING: /{_JSON_STRING}/",
-        "replace: " + _lark('"replace", "start_line": ') + f" ({_alternatives('replace', numbers)})",
-        "delete: " + _lark('"delete", "start_line": ') + f" ({_alternatives('delete', numbers)})",
         "insert: " + _lark('"insert", "start_line": ') + f" ({_inserts(scope)}) STRING",
     ]
+    if numbers:
+        rules.append("replace: " + _lark('"replace", "start_line": ') + f" ({_alternatives('replace', numbers)})")
+        rules.append("delete: " + _lark('"delete", "start_line": ') + f" ({_alternatives('delete', numbers)})")
     for start in numbers:
         ends = range(start, min(start + longest, scope.end_line + 1))
         rules += _rules_from(source, start, ends)
     return "\n".join(rules)
 
 
-_JSON_STRING = r'"(\\(["\\\/bfnrt]|u[a-fA-F0-9]{4})|[^\\"\x00-\x1F\x7F])+"'
+# Every text has one spelling, so that "any text but this" means what it says; newlines are the file's in any case.
+_JSON_STRING = r'"(\\["\\fnt]|[^\\"\x00-\x1F])+"'
 
 
 def _rules_from(source: Source, start: int, ends: range) -> list[str]:
@@ -198,9 +210,10 @@ def _rules_from(source: Source, start: int, ends: range) -> list[str]:
     rules: list[str] = []
     for end in ends:
         pre = json.dumps(source.text_between(start, end), ensure_ascii=False)
+        same = json.dumps("\n".join(source.lines[start - 1 : end]), ensure_ascii=False)[:-1]
         other = f"OTHER_{start}_{end}"
-        escaped = re.escape(pre).replace("/", r"\/")
-        rules.append(f"{other}: STRING & ~/{escaped}/")
+        escaped = re.escape(same).replace("/", r"\/")
+        rules.append(rf'{other}: STRING & ~/{escaped}(\\n)?"/')
         head = f'{start}, "end_line": {end}, "pre": {pre}, "new": '
         replace.append(f"{_lark(head)} {other}")
         delete.append(_lark(f'{head}""'))
@@ -218,7 +231,7 @@ def _inserts(scope: Scope) -> str:
 
 def _lark(text: str) -> str:
     """`text` as a literal of a Lark grammar, which takes JSON's escapes."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _with_newline(item: object, newline: str) -> object:
@@ -233,79 +246,140 @@ def _with_newline(item: object, newline: str) -> object:
     return {**fields, "new": new.replace("\n", newline)}
 
 
-def _cut_out(answer: Source, scope: Scope) -> tuple[str, ...]:
-    """The lines of the scope's own definition; the whole answer where it cannot be found."""
+def _with_forgotten_imports(answer: Source, source: Source) -> Source:
+    """A whole file with the standard library's imports that its new code needs and does not have."""
     try:
-        found = find_scope(answer, scope.name, None)
-    except UnknownScopeError:
-        found = _first_of_name(answer, scope)
-    except PlanPatchError:
+        names = newly_undefined(source.plain_text(), answer.plain_text())
+    except ParseFault:
+        return answer
+    edit = import_edit(answer, list(missing_stdlib_imports(names, answer.plain_text()).values()))
+    return apply_edits(answer, [edit]) if edit else answer
+
+
+def _cut_out(answer: Source, scope: Scope, source: Source) -> tuple[str, ...]:
+    """The lines of the scope's own definition; the whole answer where it cannot be found."""
+    named = [found for found in list_scopes(answer) if (found.kind, found.name) == (scope.kind, scope.name)]
+    named = [found for found in named if found.qualname == scope.qualname] or named
+    alike = _decorated_alike(answer, named, _decorators(source, scope))
+    if not (candidates := alike or named):
         return answer.lines
-    return answer.lines[found.start_line - 1 : found.end_line] if found else answer.lines
+    twins = _decorated_alike(source, list_scopes(source), _decorators(source, scope))
+    twins = [twin for twin in twins if twin.qualname == scope.qualname]
+    index = twins.index(scope) if scope in twins and len(twins) == len(candidates) else 0
+    return answer.lines[candidates[index].start_line - 1 : candidates[index].end_line]
 
 
-def _first_of_name(answer: Source, scope: Scope) -> Scope | None:
-    for number, line in enumerate(answer.lines, 1):
-        if re.match(rf"[ \t]*(?:async[ \t]+def|def|class)[ \t]+{re.escape(scope.name)}\b", line):
-            try:
-                return find_scope(answer, scope.name, number)
-            except PlanPatchError:
-                return None
-    return None
+def _decorated_alike(source: Source, scopes: Sequence[Scope], decorators: Sequence[str]) -> list[Scope]:
+    return [scope for scope in scopes if _decorators(source, scope) == decorators]
+
+
+def _decorators(source: Source, scope: Scope) -> list[str]:
+    return [line.strip() for line in source.lines[scope.start_line - 1 : scope.def_line - 1]]
 
 
 def _reindented(lines: Sequence[str], scope: Scope, source: Source) -> list[str]:
-    """Lines shifted to the scope's indentation and in its indentation characters; insides of strings stay."""
+    """Lines shifted to the scope's indentation and in its indentation characters; insides of strings stay.
+
+    A string's line is shifted all the same where that gives a line back which the scope has, and in a docstring, whose
+    indentation means nothing.
+    """
     if not lines:
         return []
-    inside = frozenset(index + 2 for index in lines_inside_strings(lines))
-    old_width = indent_width(leading_whitespace(lines[0]))
-    new_width = indent_width(scope.indent)
-    unit = _tab_unit(source, scope)
+    own = source.lines[scope.start_line - 1 : scope.end_line]
+    inside, in_docstring = _string_lines(lines)
+    own_inside = {own[index] for index in _string_lines(own)[0]}
+    shift = _Shift(lines, inside, scope, source)
     shifted: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if number in inside or not line.strip():
-            shifted.append(line)
-            continue
-        white = leading_whitespace(line)
-        width = max(0, indent_width(white) - old_width) + new_width
-        if unit is None and old_width == new_width and "\t" not in white:
-            shifted.append(line)
-        elif unit is None:
-            shifted.append(" " * width + line[len(white) :])
-        else:
-            depth = scope.indent.count("\t") + max(0, indent_width(white) - old_width) // _step(lines, inside)
-            shifted.append("\t" * depth + line[len(white) :])
+    for index, line in enumerate(lines):
+        moved = shift.move(line)
+        stays = index in inside and (line in own_inside or not (moved in own_inside or index in in_docstring))
+        shifted.append(line if stays else moved)
     return shifted
 
 
-def _tab_unit(source: Source, scope: Scope) -> str | None:
-    """A tab if the scope's own lines are indented with tabs."""
-    own = source.lines[scope.start_line - 1 : scope.end_line]
-    return (
-        "\t" if any(line.startswith("\t") for line in own) and not any(line.startswith("  ") for line in own) else None
-    )
+class _Shift:
+    """Moves lines of an answer to a scope's indentation."""
+
+    def __init__(self, lines: Sequence[str], inside: frozenset[int], scope: Scope, source: Source) -> None:
+        code = [line for index, line in enumerate(lines) if index not in inside and line.strip()]
+        self._from, self._to = leading_whitespace(lines[0]), scope.indent
+        self._unit = _unit(source, scope)
+        self._step = _step(code)
+        self._keeps_characters = any("\t" in leading_whitespace(line) for line in code) == (self._unit == "\t")
+
+    def move(self, line: str) -> str:
+        white = leading_whitespace(line)
+        if white == line:
+            return line.strip(" \t")
+        if self._keeps_characters and white.startswith(self._from):
+            return self._to + line[len(self._from) :]
+        if self._keeps_characters and self._from == self._to:
+            return line
+        form_feeds = white[: white.rfind("\f") + 1]
+        levels, rest = divmod(max(0, indent_width(white) - indent_width(self._from)), self._step)
+        indent = self._unit * levels + ("" if self._unit == "\t" else " " * rest)
+        return form_feeds + self._to + indent + line[len(white) :]
 
 
-def _step(lines: Sequence[str], inside: frozenset[int]) -> int:
-    """Columns of one level of indentation in the answer."""
-    widths = {
-        indent_width(leading_whitespace(line))
-        for number, line in enumerate(lines, 1)
-        if line.strip() and number not in inside
-    }
+def _string_lines(lines: Sequence[str]) -> tuple[frozenset[int], frozenset[int]]:
+    """0-based lines that begin inside a string, and those of them in a docstring; all lines if they do not parse."""
+    indent = next((leading_whitespace(line) for line in lines if line.strip()), "")
+    text = standalone_text(lines, indent)
+    try:
+        tree = parse_text(text)
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (ParseFault, tokenize.TokenError, SyntaxError):
+        return frozenset(range(len(lines))), frozenset()
+    first_line = 2 if indent else 1
+    nodes = [node for node in ast.walk(tree) if isinstance(node, DefinitionNode)]
+    starts = {node.body[0].lineno for node in nodes if _has_docstring(node)}
+    inside: set[int] = set()
+    in_docstring: set[int] = set()
+    opened: list[int] = []
+    for token in tokens:
+        kind = tokenize.tok_name[token.type]
+        if kind.endswith("STRING_START"):
+            opened.append(token.start[0])
+        elif kind == "STRING" or kind.endswith("STRING_END"):
+            start = opened.pop() if kind != "STRING" else token.start[0]
+            rows = range(start + 1 - first_line, token.end[0] + 1 - first_line)
+            inside.update(rows)
+            in_docstring.update(rows if start in starts else ())
+    return frozenset(inside), frozenset(in_docstring)
+
+
+def _has_docstring(node: DefinitionNode) -> bool:
+    first = node.body[0]
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+
+
+def _unit(source: Source, scope: Scope) -> str:
+    """One level of indentation: of the scope's own lines, else of the file's."""
+    for lines in (source.lines[scope.start_line - 1 : scope.end_line], source.lines):
+        inside, _ = _string_lines(lines)
+        code = [line for index, line in enumerate(lines) if index not in inside and line.strip()]
+        if any(line.startswith("\t") for line in code) and not any(line.startswith("  ") for line in code):
+            return "\t"
+        if any(line.startswith(" ") for line in code):
+            return " " * _step(code)
+    return " " * 4
+
+
+def _step(code: Sequence[str]) -> int:
+    """Columns of one level of indentation."""
+    widths = {indent_width(leading_whitespace(line)) for line in code}
     base = min(widths, default=0)
     return min((width - base for width in widths if width > base), default=4)
 
 
-def _new_imports(answer: Source, lines: Sequence[str], source: Source) -> tuple[str, ...]:
-    """Top-level imports of the answer that its function uses and the file does not have."""
+def _new_imports(answer: Source, lines: Sequence[str], scope: Scope, source: Source) -> tuple[str, ...]:
+    """Top-level imports of the answer that its function uses and nothing in the file defines."""
     try:
         tree = parse_text(answer.plain_text())
-        present = {item.binds for item in module_imports(parse_text(source.plain_text()))}
+        present = use_of_names(source.plain_text()).module_names
+        used = _global_names(standalone_text(lines, scope.indent))
     except ParseFault:
         return ()
-    used = set(re.findall(r"\w+", "\n".join(lines)))
     statements: list[str] = []
     for node in tree.body:
         if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "module", "") == "__future__":
@@ -320,3 +394,9 @@ def _new_imports(answer: Source, lines: Sequence[str], source: Source) -> tuple[
                 )
                 statements.append(ast.unparse(single))
     return tuple(dict.fromkeys(statements))
+
+
+def _global_names(text: str) -> set[str]:
+    """Names that a text looks up outside itself; of builtins, which an import may hide, all that it names."""
+    names = {node.id for node in ast.walk(parse_text(text)) if isinstance(node, ast.Name)}
+    return {*use_of_names(text).unbound, *(names & BUILTIN_NAMES)}
