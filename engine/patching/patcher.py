@@ -451,7 +451,10 @@ class Patcher:
             written = job.edit_format.prefill(job.task) + attempt.answer_text + "".join(job.edit_format.stop(job.task))
             wants_json = job.edit_format.name == "json_edits"
             messages = [*messages, *repair_turns(written, refused.gate, refused.reason, wants_json=wants_json)]
-            attempt = self._attempt(job, messages, "repair", listener)
+            try:
+                attempt = self._attempt(job, messages, "repair", listener)
+            except ContextLengthError:  # the function fits; only the question with its answer does not
+                raise _refusal(refused, job.gates_seen) from None
             num_attempts += 1
         return attempt, num_attempts
 
