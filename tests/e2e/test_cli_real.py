@@ -38,6 +38,8 @@ def workspace(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A folder with files, a fresh home with the 0.5B, and settings that choose it."""
     monkeypatch.setenv("PLANPATCH_MODEL", MODEL)
     monkeypatch.setenv("PLANPATCH_DEVICE", "cpu")
+    for stage in ("PLAN", "PATCH"):  # a busy machine is no fault of what is tested here
+        monkeypatch.setenv(f"PLANPATCH_{stage}_MAX_TIME_CPU_S", "3600")
     folder = tmp_path / "a workspace 😀"
     (folder / "sub folder").mkdir(parents=True)
     (folder / "bits.py").write_bytes(BITS)

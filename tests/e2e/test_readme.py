@@ -42,6 +42,8 @@ def test_every_command_of_the_readme_works_in_order(
 ) -> None:
     monkeypatch.setenv("PLANPATCH_MODEL", MODEL)
     monkeypatch.setenv("PLANPATCH_DEVICE", "cpu")
+    for stage in ("PLAN", "PATCH"):  # a busy machine is no fault of what is tested here
+        monkeypatch.setenv(f"PLANPATCH_{stage}_MAX_TIME_CPU_S", "3600")
     (broken,) = blocks("file: bits.py")
     file = tmp_path / "bits.py"
     file.write_text(broken, encoding="utf-8", newline="\n")
