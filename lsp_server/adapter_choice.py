@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engine.errors import AdapterError, UsageError
 from engine.inference.adapters import BASE
@@ -27,7 +27,10 @@ class AdapterChoice:
         self._path = path
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            self._history = [str(item) for item in content.get("history", [])]
+            history: object = content.get("history", [])
+            if not isinstance(history, list):
+                raise ValueError("`history` is not a list")
+            self._history = [str(item) for item in cast("list[object]", history)]
         except (OSError, ValueError, AttributeError) as fault:
             raise AdapterError(
                 f"{path} cannot be read: {fault}", hint="Delete it to use the default adapter."

@@ -65,12 +65,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
         config: dict[str, Any] = json.loads(config_bytes)
         shapes = _tensor_shapes(weights_path)
         digest = hashlib.sha256(config_bytes + hashlib.sha256(weights_path.read_bytes()).digest()).hexdigest()
-    except (OSError, ValueError, struct.error) as fault:
+        adapter_type = config.get("peft_type")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error) as fault:
         raise AdapterError(
             f"The adapter in {folder} cannot be read: {fault}", hint="Train or copy it again."
         ) from fault
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"The adapter in {folder} is of type {config.get('peft_type')}; only LORA is supported")
+    if adapter_type != "LORA":
+        raise AdapterError(f"The adapter in {folder} is of type {adapter_type}; only LORA is supported")
     return AdapterFiles(folder, digest, str(config.get("base_model_name_or_path") or ""), shapes)
 
 
@@ -101,15 +102,16 @@ def check_fits(adapter: AdapterFiles, model: PreTrainedModel) -> None:
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     num_found = 0
     for name, shape in adapter.shapes.items():
-        layer_name, _, kind = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if not kind:
+        layer_name, mark, kind = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if not mark:
             raise AdapterError(
                 f"{adapter.folder}: the tensor {name} is no LoRA weight", hint="Train it again with peft."
             )
         layer = modules.get(layer_name)
         fits = getattr(layer, "in_features" if kind.startswith("A") else "out_features", None)
-        if fits is None or fits != (shape[-1] if kind.startswith("A") else shape[0]):
-            needs = f"{shape[-1]} inputs" if kind.startswith("A") else f"{shape[0]} outputs"
+        wanted = (shape[-1] if kind.startswith("A") else shape[0]) if shape else 0
+        if fits is None or fits != wanted:
+            needs = f"{wanted} inputs" if kind.startswith("A") else f"{wanted} outputs"
             has = "there is none" if layer is None else f"it has {fits}"
             raise AdapterError(
                 f"The adapter in {adapter.folder} was made for another base model"

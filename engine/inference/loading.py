@@ -69,10 +69,10 @@ def context_length_of(folder: Path) -> int:
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+        text_config = config.get("text_config") or config
+        return int(text_config.get("max_position_embeddings") or 4096)
+    except (OSError, ValueError, TypeError, AttributeError) as fault:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {fault}", hint="Pull the model again.") from fault
-    text_config = config.get("text_config") or config
-    return int(text_config.get("max_position_embeddings") or 4096)
 
 
 def set_allocator_defaults() -> None:

@@ -1,0 +1,122 @@
+"""The next token: held to transformers' own processors."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine.inference.protocol import SamplingParams
+from engine.inference.sampling import Sampler
+
+pytestmark = pytest.mark.unit
+
+VOCAB_SIZE = 40
+PROMPT = (3, 7, 7, 11)
+CPU = torch.device("cpu")
+
+
+def logits_of(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+
+
+def sampler(prompt: tuple[int, ...] = PROMPT, **params: object) -> Sampler:
+    return Sampler(SamplingParams(max_new_tokens=1, **params), prompt, VOCAB_SIZE, CPU)  # type: ignore[arg-type]
+
+
+def draws(logits: torch.Tensor, num: int = 400, **params: object) -> Counter[int]:
+    one = sampler(temperature=params.pop("temperature", 1.0), seed=5, **params)
+    return Counter(one.choose(logits) for _ in range(num))
+
+
+def test_greedy_takes_the_likeliest_whatever_the_other_parameters_say() -> None:
+    for seed in range(20):
+        logits = logits_of(seed)
+        one = sampler(top_k=1000, top_p=0.1, min_p=1.0, seed=3)
+        assert one.choose(logits) == int(logits.argmax())
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    for seed in range(20):
+        assert sampler(temperature=2.0, top_k=1, seed=seed).choose(logits_of(seed)) == int(logits_of(seed).argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [1.03, 1.5, 0.7])
+def test_the_repetition_penalty_is_transformers_and_counts_the_prompt(penalty: float, dtype: torch.dtype) -> None:
+    one = sampler(repetition_penalty=penalty)
+    seen = list(PROMPT)
+    for seed in range(30):
+        logits = logits_of(seed, dtype)
+        scores = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits.float()[None])  # type: ignore[arg-type]
+        expected = int(scores[0].argmax())
+        assert one.choose(logits) == expected
+        seen.append(expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "warpers"),
+    [
+        ({"top_k": 3}, [TopKLogitsWarper(3)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"top_p": 0.999}, [TopPLogitsWarper(0.999)]),
+        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        ({"min_p": 1.0}, [MinPLogitsWarper(1.0)]),
+        (
+            {"temperature": 1.7, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
+            [TemperatureLogitsWarper(1.7), TopKLogitsWarper(12), TopPLogitsWarper(0.8), MinPLogitsWarper(0.05)],
+        ),
+    ],
+)
+def test_only_tokens_that_transformers_would_keep_are_drawn_and_as_often(params: dict, warpers: list) -> None:
+    for seed in range(4):
+        logits = logits_of(seed)
+        scores = logits[None]
+        for warper in warpers:
+            scores = warper(torch.tensor([[0]]), scores)
+        expected = scores[0].softmax(-1)
+        counts = draws(logits, **dict(params))
+        assert set(counts) <= set(expected.nonzero().flatten().tolist())
+        for token_id, probability in enumerate(expected.tolist()):
+            assert abs(counts[token_id] / 400 - probability) < 0.12, (token_id, probability)
+
+
+def test_a_top_p_of_zero_keeps_the_likeliest() -> None:
+    assert set(draws(logits_of(1), num=20, top_p=0.0)) == {int(logits_of(1).argmax())}
+
+
+def test_equal_logits_all_stay_in_top_k() -> None:
+    assert set(draws(torch.zeros(VOCAB_SIZE), top_k=2)) == set(range(VOCAB_SIZE))
+
+
+def test_a_seed_repeats_and_another_one_differs() -> None:
+    flat = torch.zeros(VOCAB_SIZE)
+    first, again, other = (sampler(temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    runs = [[one.choose(flat) for _ in range(20)] for one in (first, again, other)]
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(runs[0])) > 5
+    unseeded = [[sampler(temperature=1.0).choose(flat) for _ in range(8)] for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_a_grammar_allows_is_chosen(temperature: float) -> None:
+    allowed = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    allowed[[5, 9]] = True
+    one = sampler(temperature=temperature, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    assert {one.choose(logits_of(seed), allowed) for seed in range(40)} == {5, 9}
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = logits_of(0)
+    kept = logits.clone()
+    sampler(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.3).choose(logits)
+    assert logits.equal(kept)
