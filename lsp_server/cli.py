@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from engine.errors import PlanPatchError, UsageError
+from engine.inference.loading import set_runtime_defaults
 from lsp_server import console
 from lsp_server.cli_ledger import ledger_app
 from lsp_server.cli_models import adapters_app, models_app
@@ -209,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code.
     """
     _force_utf8()
+    set_runtime_defaults()
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
     try:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from engine.inference.catalogue import catalogue, memory_need_bytes
-from engine.inference.loading import free_memory_bytes, set_allocator_defaults
+from engine.inference.loading import free_memory_bytes, set_runtime_defaults
 from engine.inference.store_files import gigabytes
 
 Level = Literal["ok", "warning", "problem"]
@@ -200,7 +200,7 @@ def read_torch() -> TorchFacts:
     Raises:
         ImportError: torch is missing or one of its libraries is; on Windows also OSError.
     """
-    set_allocator_defaults()
+    set_runtime_defaults()
     torch: Any = importlib.import_module("torch")
     built_with = torch.version.cuda
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ from engine.inference.engine import InProcessEngine
 from engine.inference.loading import Quantization, choose_device, choose_quantization, free_memory_bytes, load_model
 from engine.inference.protocol import Engine, Priority
 from engine.inference.store import LocalModel, ModelStore, Progress, ProgressCallback
+from engine.patching.disk import write_atomically
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Pruned, Surface
 from engine.patching.patcher import Patcher, PatcherOptions, StageOptions
@@ -74,7 +75,7 @@ class Session:
         mark = self.paths.retention_mark
         if not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S:
             prune_ledger(ledger, self.settings)
-            mark.touch()
+            write_atomically(mark, b"", expected_sha256=None)
         return ledger
 
     def model_ref(self) -> ModelRef:

@@ -18,6 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from engine.inference.loading import set_runtime_defaults
 from tests.results import Figure, Run, write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if _OURS.fullmatch(name)]:
         del os.environ[name]
     os.environ.update(HF_HUB_OFFLINE="1", PLANPATCH_TEST_HOME=str(TEST_HOME))
+    set_runtime_defaults()
     config.stash[_RUN] = Run(arguments=list(config.invocation_params.args))
     config.stash[_STARTED] = time.monotonic()
 

@@ -75,10 +75,17 @@ def context_length_of(folder: Path) -> int:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {fault}", hint="Pull the model again.") from fault
 
 
-def set_allocator_defaults() -> None:
-    """Let CUDA's allocator grow segments, unless the user chose otherwise. Call before torch is imported."""
+def set_runtime_defaults() -> None:
+    """Set what torch's libraries read from the environment once, unless the user did. Call before torch is imported.
+
+    CUDA's allocator grows segments. OpenMP's threads sleep instead of spinning when they wait: where other programs use
+    the cores, a spinning thread keeps its own partner from running (3 to 4 times slower; DECISIONS.md has the figures).
+    """
+    if "torch" in sys.modules:
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if sys.platform == "linux" and "torch" not in sys.modules and not any(name in os.environ for name in names):
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
@@ -94,7 +101,7 @@ def choose_device(wanted: str) -> str:
     Raises:
         ModelError: A GPU was asked for and torch sees none.
     """
-    set_allocator_defaults()
+    set_runtime_defaults()
     import torch
 
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
