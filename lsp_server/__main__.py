@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from lsp_server.cli import main
+
+def _run() -> int:
+    """The command line; Ctrl-C while it is still being imported ends it without a traceback, too."""
+    try:
+        from lsp_server.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

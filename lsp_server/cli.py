@@ -216,18 +216,25 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(lambda: app(args=arguments, prog_name="planpatch", standalone_mode=False))
         if code == 130:
-            console.say("interrupted")
+            return _interrupted(as_json)
         sys.stdout.flush()  # here, where a reader that went away can be told from a fault
         return code if isinstance(code, int) else 0
     except PlanPatchError as error:
         console.print_error(error, as_json=as_json)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.say("interrupted")
-        return 130
+        return _interrupted(as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _interrupted(as_json: bool) -> int:
+    if as_json:
+        console.print_json({"ok": False, "error": {"code": "interrupted", "message": "Interrupted", "hint": ""}})
+    else:
+        console.say("interrupted")
+    return 130
 
 
 def _run(call: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Applied, Label, State
+from engine.patching.ledger_records import Applied, Label, State, Summary
 from lsp_server import console
 from lsp_server.cli_options import JsonOption, open_session
 from lsp_server.session import prune_ledger
@@ -40,13 +40,19 @@ def list_proposals(
         (
             line.id,
             line.created_at[5:16].replace("T", " "),
-            line.state.value if line.label is Label.UNREVIEWED else line.label.value,
+            _standing(line),
             f"{line.path.name if line.path else 'pasted code'}{f':{line.scope}' if line.scope else ''}",
             " ".join(line.intent.split()),
         )
         for line in lines
     ]
     console.print_table("", ("patch", "made (UTC)", "state", "where", "intent"), rows, one_line=True)
+
+
+def _standing(line: Summary) -> str:
+    """The verdict, and `applied` beside it while the patch is in its file."""
+    word = line.state.value if line.label is Label.UNREVIEWED else line.label.value
+    return f"{word}, applied" if line.is_applied and word != State.APPLIED.value else word
 
 
 @ledger_app.command()
@@ -183,3 +189,5 @@ def _label(patch_id: str, operation: Callable[..., None], reason: str, as_json: 
         console.print_json({"ok": True, "patch_id": entry.id, "state": entry.state.value, "label": entry.label.value})
         return
     console.say(f"{entry.id} is {entry.label.value}")
+    if entry.label is Label.REJECTED and entry.standing.is_applied:
+        console.say(f"it is still in its file; planpatch ledger rollback {entry.id} takes it out")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from engine.errors import PathError, SettingError, UsageError
+from engine.errors import PathError, SettingError, UnknownScopeError, UsageError
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -103,7 +103,17 @@ def find_target(
             f"Which part of {file} is meant?",
             hint=f"Give --function NAME, --line N or --module. It has: {listed or 'no function'}",
         )
-    return source, find_scope(source, function, line)
+    scope = find_scope(source, function, line)
+    if line and scope.kind == "module":
+        raise UnknownScopeError(
+            f"Line {line} of {file} is in no function or class", hint="Give --function NAME, or --module for the file."
+        )
+    if line and not scope.contains(line):
+        raise UnknownScopeError(
+            f"Line {line} of {file} is not in {scope.qualname} (lines {scope.start_line} to {scope.end_line})",
+            hint="Leave --line or --function out, or give a line of it.",
+        )
+    return source, scope
 
 
 def _read_inside_root(session: Session, file: Path) -> Source:

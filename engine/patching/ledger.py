@@ -442,6 +442,8 @@ class Ledger:
             path = _path_on_disk(entry)
             if entry.state in (State.REFUSED, State.REJECTED):
                 raise wrong_state(entry, "cannot be applied", "Ask for a new patch.")
+            if entry.standing.is_applied:
+                raise wrong_state(entry, "is in its file already", "Roll it back first to apply it anew.")
             target = entry.applied_text(hunks).to_bytes()
             _check_is_base(entry, path)
             chosen = chosen_hunks(entry, hunks)

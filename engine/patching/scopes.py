@@ -416,7 +416,7 @@ def _unknown(source: Source, name: str, candidates: Sequence[_Candidate]) -> Unk
     elif names:
         hint = f"It has: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}."
     else:
-        hint = "It has no functions or classes; leave the name out to edit the whole file."
+        hint = "It has no functions or classes; only the file as a whole can be edited (--module)."
     if "@" in name:
         lines = [f"{c.scope.qualname}@{c.scope.def_line}" for c in candidates if c.scope.qualname in nearest]
         hint = f"Nearest: {', '.join(lines)}." if lines else hint
