@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ContextLengthError, EngineError, PlanPatchError
+from engine.errors import ContextLengthError, EngineError, PlanPatchError, UsageError
 from engine.inference.adapters import BASE, AdapterFiles, AdapterSwitch, read_adapter
 from engine.inference.loading import LoadedModel, context_length_of
 from engine.inference.protocol import (
@@ -24,6 +24,7 @@ from engine.inference.protocol import (
     Event,
     FinishReason,
     GenerationRequest,
+    SamplingParams,
     Token,
 )
 from engine.inference.text_stop import StopText
@@ -45,6 +46,7 @@ class EngineConfig:
 
     Args:
         max_waiting: Requests in the queue; one more is refused.
+        max_unstreamed: Ended requests whose events are kept for someone to stream them; the oldest go first.
         prefill_chunk_tokens: Tokens of one prefill step on CPU; a cancel waits for at most this many.
         prefill_chunk_tokens_gpu: The same on a GPU.
         prefix_cache_bytes: Memory for KV caches of ended requests.
@@ -53,6 +55,7 @@ class EngineConfig:
     """
 
     max_waiting: int = 64
+    max_unstreamed: int = 256
     prefill_chunk_tokens: int = 128
     prefill_chunk_tokens_gpu: int = 2048
     prefix_cache_bytes: int = 512 * 1024 * 1024
@@ -165,8 +168,10 @@ class InProcessEngine:
         Raises:
             EngineError: The queue is full, or the engine is closed or failed.
             ContextLengthError: Prompt and `max_new_tokens` exceed the model's context.
+            UsageError: A sampling parameter is out of its range.
         """
         self._check_length(request)
+        _check_params(request.params)
         adapter = self._adapter_of(request)
         with self._changed:
             self._check_open()
@@ -346,6 +351,7 @@ class InProcessEngine:
         on_gpu = loaded.device.type != "cpu"
         self._max_rows = self._config.max_rows_gpu if on_gpu else self._config.max_rows
         self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
+        self._weights_bytes = int(loaded.model.get_memory_footprint())
         with self._changed:
             self._loaded = loaded
             self._status = replace(
@@ -354,7 +360,7 @@ class InProcessEngine:
                 model_digest=loaded.digest,
                 device=str(loaded.device),
                 quantization=loaded.quantization,
-                memory_bytes=int(loaded.model.get_memory_footprint()),
+                memory_bytes=self._weights_bytes,
             )
             self._changed.notify_all()
 
@@ -398,14 +404,17 @@ class InProcessEngine:
                 self._admit(sequences[0])
             self._switch.activate(sequences[0].adapter)
             rows = self._run_model(sequences)
-            token_ids = [self._sample(sequence, logits) for sequence, logits in zip(sequences, rows, strict=True)]
+            choices = [self._sample(sequence, logits) for sequence, logits in zip(sequences, rows, strict=True)]
         except PlanPatchError as error:
             return self._refuse(sequences, error)
         except Exception as fault:
             return self._refuse_or_fail(sequences, fault)
         elapsed_s = time.monotonic() - started_at
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            self._advance(sequence, token_id, elapsed_s)
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if isinstance(choice, UsageError):
+                self._refuse([sequence], choice)
+            else:
+                self._advance(sequence, choice, elapsed_s)
 
     def _advance(self, sequence: _Sequence, token_id: int | None, elapsed_s: float) -> None:
         """Take in what one step gave one sequence."""
@@ -423,6 +432,10 @@ class InProcessEngine:
 
         assert self._loaded is not None
         request, loaded = sequence.request, self._loaded
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < loaded.vocab_size:
+            raise UsageError(
+                f"The prompt holds token ids that {loaded.name} does not have (0 to {loaded.vocab_size - 1})"
+            )
         sequence.is_admitted = True
         sequence.queue_s = time.monotonic() - sequence.submitted_at
         sequence.sampler = Sampler(request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device)
@@ -483,11 +496,15 @@ class InProcessEngine:
                 self._batch.take_out(row, sequence.kv_cache)  # type: ignore[arg-type]
         self._batch, self._batch_rows = None, []
 
-    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> int | None:
+    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> int | UsageError | None:
+        """The next token; None while the prompt is not through, or why this sequence alone cannot go on."""
         if logits is None:
             return None
         assert sequence.sampler is not None
-        allowed = sequence.matcher.allowed().to(logits.device) if sequence.matcher else None
+        try:
+            allowed = sequence.matcher.allowed().to(logits.device) if sequence.matcher else None
+        except UsageError as error:
+            return error
         return sequence.sampler.choose(logits, allowed)
 
     def _postprocess(self, sequence: _Sequence, token_id: int | None) -> FinishReason | None:
@@ -536,16 +553,22 @@ class InProcessEngine:
         )
 
     def _refuse(self, sequences: list[_Sequence], error: PlanPatchError) -> None:
+        if any(sequence in self._batch_rows for sequence in sequences):
+            self._break_up_batch()
         for sequence in sequences:
             self._forget(sequence)
             sequence.events.put(error)
 
     def _refuse_or_fail(self, sequences: list[_Sequence], fault: Exception) -> None:
-        """Out of memory ends the requests of the step; any other fault of the device is sticky and ends the engine."""
+        """Out of memory ends the requests of the step, and those whose keys and values it left in the batch.
+
+        Any other fault of the device is sticky and ends the engine.
+        """
         import torch
 
         if not isinstance(fault, torch.OutOfMemoryError):
             raise fault
+        sequences = list({sequence.id: sequence for sequence in (*sequences, *self._batch_rows)}.values())
         self._batch, self._batch_rows = None, []
         self._prefix_cache.clear()
         for sequence in sequences:
@@ -555,8 +578,14 @@ class InProcessEngine:
         self._refuse(sequences, EngineError(message, hint="Select a smaller function."))
 
     def _forget(self, sequence: _Sequence) -> None:
+        """It has ended: only its events stay until they are streamed, and not those of everyone who never asks."""
+        sequence.kv_cache = sequence.sampler = sequence.matcher = None
         with self._changed:
             self._sequences.pop(sequence.id, None)
+            ended = [name for name in self._unstreamed if name not in self._sequences]
+            for name in ended[: -self._config.max_unstreamed]:
+                del self._unstreamed[name]
+            self._status = replace(self._status, memory_bytes=self._weights_bytes + self._prefix_cache.num_bytes)
             self._changed.notify_all()
 
     def _fail(self, error: PlanPatchError) -> None:
@@ -574,3 +603,18 @@ class InProcessEngine:
         self._loaded = None
         for sequence in left:
             sequence.events.put(self._failure or EngineError("The engine was closed"))
+
+
+def _check_params(params: SamplingParams) -> None:
+    """Refuse what would leave nothing to choose from, before it reaches the device."""
+    ranges: dict[str, tuple[float, float, float]] = {
+        "temperature": (params.temperature, 0, 1e6),
+        "top_k": (params.top_k, 0, 2**31),
+        "top_p": (params.top_p, 0, 1),
+        "min_p": (params.min_p, 0, 1),
+        "repetition_penalty": (params.repetition_penalty, 0.001, 1000),
+        "seed": (params.seed or 0, -(2**63), 2**63),
+    }
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            raise UsageError(f"{name} is a number from {least:g} to {most:g}, not {value}")

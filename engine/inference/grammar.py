@@ -56,8 +56,15 @@ class GrammarMatcher:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allowed(self) -> torch.Tensor:
-        """The tokens that may come next, bool `[vocab_size]` on CPU."""
+        """The tokens that may come next, bool `[vocab_size]` on CPU.
+
+        Raises:
+            UsageError: The grammar needs more states than llguidance allows; it would let the text end unfinished.
+        """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise UsageError(f"The grammar cannot be followed any further: {reason}", hint="Use a simpler grammar.")
         bits = np.unpackbits(packed, bitorder="little")[: self._vocab_size]
         return torch.from_numpy(bits).bool()
 

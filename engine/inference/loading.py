@@ -179,6 +179,7 @@ def load_model(
     device = choose_device(device)
     chosen = choose_quantization(quantization, device)
     import torch
+    from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():
@@ -190,7 +191,7 @@ def load_model(
         ) from fault
     except ImportError as fault:
         raise ModelError(f"{name} cannot be loaded as {chosen}: {fault}", hint=_INSTALL_CUDA) from fault
-    except (OSError, ValueError, RuntimeError) as fault:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
         raise ModelError(
             f"{name} cannot be loaded from {folder}: {fault}",
             hint=f"Pull it again: planpatch models pull {name} --force",
@@ -229,7 +230,10 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
         )
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
-    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    model, read = loaded
+    if missing := sorted(read["missing_keys"]):  # transformers would fill them with noise
+        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
     model.requires_grad_(False)
     return model
 
