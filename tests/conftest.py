@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -43,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ.update(HF_HUB_OFFLINE="1", PLANPATCH_TEST_HOME=str(TEST_HOME))
     set_runtime_defaults()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_RUN] = Run(arguments=list(config.invocation_params.args))
     config.stash[_STARTED] = time.monotonic()
 

@@ -16,7 +16,8 @@ def test_choices_are_kept_and_taken_back_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "ünï 🙂" / "choice.json"
     path.parent.mkdir()
     first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
+    first.mkdir()
+    second.mkdir()
     assert not AdapterChoice(path).is_made
     for folder in (first, second, None):
         AdapterChoice(path).use(folder)

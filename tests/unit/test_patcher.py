@@ -264,7 +264,7 @@ def test_without_a_ledger_every_request_reaches_the_engine() -> None:
 @pytest.mark.parametrize("change", ["feedback", "style", "preset", "text", "repairs"])
 def test_whatever_changes_the_answer_changes_the_request(change: str, ledger: Ledger) -> None:
     Desk([GOOD], ledger).patch()
-    other = Desk([GOOD], ledger, **{"style": "Use sum()."} if change == "style" else {})
+    other = Desk([GOOD], ledger, **({"style": "Use sum()."} if change == "style" else {}))  # type: ignore[arg-type]
     if change == "repairs":
         other.patcher.options = replace(other.options, num_repairs=0)
     arguments = {"feedback": Feedback("Too slow.", "Use sum."), "preset": "simplify"}

@@ -33,7 +33,7 @@ def sampler(prompt: tuple[int, ...] = PROMPT, **params: object) -> Sampler:
 
 
 def draws(logits: torch.Tensor, num: int = 400, **params: object) -> Counter[int]:
-    one = sampler(temperature=params.pop("temperature", 1.0), seed=5, **params)
+    one = sampler(temperature=params.pop("temperature", 1.0), seed=5, **params)  # type: ignore[arg-type]
     return Counter(one.choose(logits) for _ in range(num))
 
 
@@ -53,7 +53,7 @@ def test_top_k_of_one_is_greedy() -> None:
 @pytest.mark.parametrize("penalty", [1.03, 1.5, 0.7])
 def test_the_repetition_penalty_is_transformers_and_counts_the_prompt(penalty: float, dtype: torch.dtype) -> None:
     one = sampler(repetition_penalty=penalty)
-    seen = list(PROMPT)
+    seen: list[int] = list(PROMPT)
     for seed in range(30):
         logits = logits_of(seed, dtype)
         scores = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits.float()[None])  # type: ignore[arg-type]
