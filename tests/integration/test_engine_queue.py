@@ -183,7 +183,7 @@ def test_a_token_to_stop_at_is_left_out(engine: InProcessEngine) -> None:
 
 def test_a_seed_repeats_others_differ_and_top_k_of_one_is_greedy(engine: InProcessEngine) -> None:
     def text(**params: object) -> tuple[int, ...]:
-        return complete(engine, request(engine, "Invent a name.", max_new_tokens=8, **params)).token_ids
+        return complete(engine, request(engine, "Invent a name.", max_new_tokens=8, **params)).token_ids  # type: ignore[arg-type]
 
     warm(engine, "Invent a name.")
     assert text(temperature=1.0, seed=7) == text(temperature=1.0, seed=7)
@@ -207,7 +207,7 @@ def test_a_parameter_out_of_range_is_refused_by_name_and_the_engine_goes_on(
     engine: InProcessEngine, params: dict[str, object], name: str
 ) -> None:
     with pytest.raises(UsageError, match=f"{name} is a number from"):
-        engine.submit(request(engine, **params))
+        engine.submit(request(engine, **params))  # type: ignore[arg-type]
     assert engine.status().state == "ready"
 
 
