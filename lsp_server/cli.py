@@ -1,21 +1,22 @@
-"""The `planpatch` command. Exit codes: 0 done, 1 refused by a gate, 2 usage, 3 environment, 130 interrupted.
+"""The `planpatch` command.
+
+Exit codes: 0 done, 1 refused by a gate, 2 usage, 3 environment, 130 interrupted, 141 nobody reads its output any more.
 
 Commands are thin: they read options, open a `Session`, call, and print for people or, with --json, for programs.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from engine.errors import PlanPatchError, UsageError
+from engine.errors import PlanPatchError, UsageError, WriteError
 from engine.inference.loading import set_runtime_defaults
 from lsp_server import console
 from lsp_server.cli_ledger import ledger_app
@@ -208,8 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        SystemExit: What reads its output went away; or the shell asked for a completion.
     """
-    _force_utf8()
+    console.guard_streams()
     set_runtime_defaults()
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
@@ -217,16 +221,22 @@ def main(arguments: list[str] | None = None) -> int:
         code = _run(lambda: app(args=arguments, prog_name="planpatch", standalone_mode=False))
         if code == 130:
             return _interrupted(as_json)
-        sys.stdout.flush()  # here, where a reader that went away can be told from a fault
+        sys.stdout.flush()  # here, where what goes wrong is told
         return code if isinstance(code, int) else 0
     except PlanPatchError as error:
-        console.print_error(error, as_json=as_json)
-        return error.exit_code
+        return _report(error, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _report(error: PlanPatchError, *, as_json: bool) -> int:
+    """An error that cannot be printed on stdout is told on stderr; if that is full as well, the exit code is left."""
+    try:
+        console.print_error(error, as_json=as_json and "is_output" not in error.details)
+    except WriteError:
+        with suppress(WriteError):
+            console.print_error(error, as_json=False)
+    return error.exit_code
 
 
 def _interrupted(as_json: bool) -> int:
@@ -250,12 +260,6 @@ def _run(call: Callable[[], Any]) -> Any:
             return 2
         command = cast("str", getattr(getattr(fault, "ctx", None), "command_path", "planpatch"))
         raise UsageError(tell().replace("Value error, ", ""), hint=f"{command} --help") from None
-
-
-def _force_utf8() -> None:
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "strict")
 
 
 _register_later_commands()

@@ -14,11 +14,22 @@ from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_options import JsonOption, open_session
 from lsp_server.session import Session
+from lsp_server.settings import MODEL_NAMES
 
 models_app = typer.Typer(help="Models on this machine.", no_args_is_help=True, rich_markup_mode=None)
 adapters_app = typer.Typer(help="Adapters of the model.", no_args_is_help=True, rich_markup_mode=None)
 
-NameArgument = Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or .gguf file.", show_default=False)]
+
+def _not_empty(name: str) -> str:
+    if not name.strip():
+        raise typer.BadParameter(f"it is empty; expected {MODEL_NAMES}.")
+    return name
+
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(help="Catalogue name, hub id, folder or .gguf file.", show_default=False, callback=_not_empty),
+]
 
 
 @models_app.command("list")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from engine.errors import PathError, SettingError, UnknownScopeError, UsageError
+from engine.inference.adapters import BASE
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -56,12 +58,24 @@ def open_session(options: Mapping[str, object], file: Path | None, as_json: bool
         WriteError: The home cannot be made.
         SettingError: An option has a value that cannot be used.
     """
+    options = {**options, "adapter": _adapter_from_here(options.get("adapter"))}
     session = Session.open(os.environ, options, _workspace_of(file))
     for problem in session.problems:
         if problem.source.startswith("command line:"):
-            raise SettingError(str(problem).replace("; the default stands.", "."))
+            raise SettingError(f"{str(problem).rpartition('; ')[0]}.")
         console.say(f"[yellow]setting ignored:[/] {escape(str(problem))}")
     return session
+
+
+def _adapter_from_here(option: object) -> object:
+    """An option's relative folder starts at the current folder if it is one there or begins with a dot.
+
+    Any other is a setting's value as well: it stands under PLANPATCH_HOME.
+    """
+    if not isinstance(option, str) or option.strip() in ("", "auto", BASE):
+        return option
+    is_here = option.startswith(".") or os.path.isdir(option)
+    return str(Path(option).absolute()) if is_here else option
 
 
 def _workspace_of(file: Path | None) -> Path | None:
@@ -97,7 +111,7 @@ def find_target(
         raise UsageError("--module cannot be combined with --function or --line")
     source = _read_inside_root(session, file)
     if not (module or function or line):
-        names = [scope.qualname for scope in list_scopes(source) if scope.kind != "module"]
+        names = _names_to_type(list_scopes(source))
         listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
         raise UsageError(
             f"Which part of {file} is meant?",
@@ -114,6 +128,12 @@ def find_target(
             hint="Leave --line or --function out, or give a line of it.",
         )
     return source, scope
+
+
+def _names_to_type(scopes: Sequence[Scope]) -> list[str]:
+    """What --function takes for each scope: NAME@LINE where a name is there twice."""
+    counts = Counter(scope.qualname for scope in scopes)
+    return [f"{s.qualname}@{s.def_line}" if counts[s.qualname] > 1 else s.qualname for s in scopes]
 
 
 def _read_inside_root(session: Session, file: Path) -> Source:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -15,22 +18,89 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
 
-from engine.errors import PlanPatchError
+from engine.errors import PlanPatchError, WriteError
 from engine.inference.store import Progress as PullProgress
 from engine.inference.store import ProgressCallback
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+# What a shell reports of a program that wrote to a pipe nobody reads: 128 and the number of SIGPIPE.
+READER_GONE = 141
+
+
+def guard_streams() -> None:
+    """Make stdin, stdout and stderr UTF-8, and what goes wrong with the output an end without a traceback.
+
+    A reader that went away ends the command with `READER_GONE`. SIGPIPE itself stays ignored: its default would end the
+    process in the middle of its work, also when a connection to a hub is closed. A stream that the caller closed before
+    the start is the null device from here on, so that no file that is opened later takes its number.
+    """
+    for name, errors in (("stdout", "strict"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        elif type(stream) is io.TextIOWrapper:  # else a test's own
+            is_line_buffered = stream.line_buffering
+            stream = _GuardedStream(stream.detach(), encoding="utf-8", errors=errors, line_buffering=is_line_buffered)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)  # flushed at the very end, too
+    stdin: Any = sys.stdin
+    if isinstance(stdin, io.TextIOWrapper):
+        stdin.reconfigure(encoding="utf-8")
+
+
+class _GuardedStream(io.TextIOWrapper):
+    """An output stream whose faults end the command; what is written after one is lost."""
+
+    def write(self, text: str, /) -> int:
+        with self._faults_told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._faults_told():
+            super().flush()
+
+    @contextmanager
+    def _faults_told(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as fault:
+            self._divert()
+            if _is_closed_pipe(fault):
+                raise SystemExit(READER_GONE) from None
+            raise WriteError(
+                f"The output cannot be written: {fault.strerror or fault}",
+                hint="Free disk space, or send the output elsewhere.",
+                is_output=True,
+            ) from fault
+
+    def _divert(self) -> None:
+        """Send what is still in the buffer, and what follows, nowhere."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+def _is_closed_pipe(fault: OSError) -> bool:
+    """On Windows a closed pipe is an invalid argument."""
+    return fault.errno == errno.EPIPE or (sys.platform == "win32" and fault.errno == errno.EINVAL)
+
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:
     """A message for people, on stderr; `text` may hold rich's markup."""
     err.print(text)
+
+
+def warn(text: str) -> None:
+    """Something that the user should know, on stderr; `text` is shown as it is."""
+    err.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def print_error(error: PlanPatchError, *, as_json: bool) -> None:

@@ -142,7 +142,7 @@ def _home(paths: Paths) -> list[Check]:
 
 
 def _settings(session: Session) -> list[Check]:
-    """Which settings are not at their default, and those that could not be used."""
+    """Those that cannot be used, and which settings are not at their default."""
     lines = [
         f"{line['name']} = {line['value']!r} ({line['source']})"
         for line in session.settings.report()
@@ -150,9 +150,11 @@ def _settings(session: Session) -> list[Check]:
     ]
     file = session.paths.user_settings
     where = f"{file}{'' if file.is_file() else ' (not there; it is not needed)'}"
-    checks = [Check("settings", "ok", "\n".join([where, *(lines or ["every setting has its default"])]))]
-    fix = "Correct or remove it there; until then it is ignored."
-    return checks + [Check("setting", "warning", str(problem), fix) for problem in session.problems]
+    if not session.problems:
+        return [Check("settings", "ok", "\n".join([where, *(lines or ["every setting has its default"])]))]
+    problems = [str(problem) for problem in session.problems]
+    fix = "Correct or remove it where it is set; until then it is ignored."
+    return [Check("settings", "warning", "\n".join([*problems, *lines]), fix)]
 
 
 def _ledger(path: Path) -> list[Check]:

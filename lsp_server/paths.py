@@ -89,8 +89,14 @@ class Paths:
 
         Returns:
             An absolute path; it need not exist.
+
+        Raises:
+            PathError: `~` names a user without a folder.
         """
-        path = Path(text).expanduser()
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError as error:  # ~somebody who is not there
+            raise PathError(f"{text!r} names no path: {error}", hint="Write the path in full.") from error
         return path if path.is_absolute() else self.home / path
 
 

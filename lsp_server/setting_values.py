@@ -24,6 +24,18 @@ def text(value: object) -> str:
     raise ValueError("expected text on one line")
 
 
+def named(expected: str) -> Parser:
+    """Text on one line that is not empty; `expected` says what may stand there."""
+
+    def parse(value: object) -> str:
+        name = text(value)
+        if not name:
+            raise ValueError(f"expected {expected}")
+        return name
+
+    return parse
+
+
 def boolean(value: object) -> bool:
     """true/false, yes/no, on/off, 1/0."""
     if isinstance(value, bool):

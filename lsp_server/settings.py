@@ -34,6 +34,10 @@ T = TypeVar("T")
 # Variables with the prefix that are not settings: they say where things are, or belong to the tests.
 _NOT_SETTINGS = {"home", "config", "test_home", "long", "results"}
 
+MODEL_NAMES = (
+    "auto, a name of `planpatch models list`, organisation/name of a hub model, or a path such as ./model.gguf"
+)
+
 
 # --- the settings ----------------------------------------------------------------------------------------------------
 
@@ -96,8 +100,8 @@ class Settings:
         sources: Where each value came from, by setting name; a name that is absent has its default.
     """
 
-    model: str = _setting("auto", values.text)
-    adapter: str = _setting("auto", values.text, variable="ADAPTER_PATH")
+    model: str = _setting("auto", values.named(MODEL_NAMES))
+    adapter: str = _setting("auto", values.named("an adapter folder, auto or __none__"), variable="ADAPTER_PATH")
     device: str = _setting("auto", values.device)
     quantization: str = _setting("auto", values.choice("auto", "int8", "nf4", "bf16", "fp32"))
     dtype: str = _setting("auto", values.dtype, variable="TORCH_DTYPE")
@@ -194,7 +198,7 @@ def load_settings(
     Args:
         cli: Options of the command line by setting name; None is not set.
         env: Environment variables.
-        user_toml: The user's `planpatch.toml`; need not exist.
+        user_toml: The user's `planpatch.toml`; need not exist, unless `PLANPATCH_CONFIG` names it.
         workspace: Folder whose `pyproject.toml` may set presets, context and style.
         lsp: The editor's `planpatch` section; null is not set.
 
@@ -203,7 +207,7 @@ def load_settings(
     """
     problems: list[SettingProblem] = []
     entries = [
-        *_user_entries(user_toml, problems),
+        *_user_entries(user_toml, env or {}, problems),
         *_workspace_entries(workspace, problems),
         *_environment_entries(env or {}, problems),
         *_table_entries(cli or {}, "command line: --", _as_option),
@@ -243,8 +247,9 @@ def _nearest(name: str) -> str:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _user_entries(path: Path | None, problems: list[SettingProblem]) -> Iterator[_Entry]:
-    table = _read_toml(path, problems) if path is not None else {}
+def _user_entries(path: Path | None, env: Mapping[str, str], problems: list[SettingProblem]) -> Iterator[_Entry]:
+    source = "environment variable PLANPATCH_CONFIG" if env.get("PLANPATCH_CONFIG", "").strip() else ""
+    table = _read_toml(path, problems, named_by=source) if path is not None else {}
     return _table_entries(table, f"{path}: ")
 
 
@@ -265,11 +270,13 @@ def _workspace_entries(workspace: Path | None, problems: list[SettingProblem]) -
             yield entry
 
 
-def _read_toml(path: Path, problems: list[SettingProblem]) -> dict[str, object]:
+def _read_toml(path: Path, problems: list[SettingProblem], *, named_by: str = "") -> dict[str, object]:
+    """The file's table; one that is missing is empty, and a problem if the user named it."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        return {}
+        if named_by:
+            problems.append(SettingProblem(named_by, f"the file {path} does not exist; the defaults stand."))
     except OSError as error:
         problems.append(SettingProblem(str(path), f"the file cannot be read: {error.strerror or error}."))
     except UnicodeDecodeError as error:

@@ -432,7 +432,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(workspace: Path) -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
-        assert (process.stderr.read(), process.wait()) == ("", 0)
+        assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
 def test_an_export_into_a_missing_folder_is_told(workspace: Path) -> None:

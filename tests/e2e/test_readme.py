@@ -14,6 +14,7 @@ import pytest
 
 from engine.errors import PlanPatchError
 from engine.inference.catalogue import catalogue
+from lsp_server.console import READER_GONE
 from lsp_server.demo import BROKEN, INTENT
 from lsp_server.settings import load_settings
 from tests.command_line import count_bits, planpatch
@@ -139,7 +140,7 @@ def test_the_table_of_exit_codes_holds_every_code_of_an_error() -> None:
         return {error.exit_code}.union(*(kinds(child) for child in error.__subclasses__()))
 
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
-    assert shown == {0, 130} | kinds(PlanPatchError)
+    assert shown == {0, 130, READER_GONE} | kinds(PlanPatchError)
 
 
 def test_files_that_the_readme_links_to_exist() -> None:

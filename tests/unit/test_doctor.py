@@ -203,16 +203,30 @@ def test_settings_that_are_not_at_their_default_are_listed_with_their_source(
     ]
 
 
-def test_every_setting_that_cannot_be_used_is_a_warning_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / "planpatch.toml").write_text('devise = "cpu"\n', encoding="utf-8")
+def test_settings_are_not_called_ok_beside_those_that_cannot_be_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "planpatch.toml").write_text('devise = "cpu"\nport = 1\n', encoding="utf-8")
     monkeypatch.setenv("PLANPATCH_PLAN_MAX_NEW_TOKENS", "5000")
-    found = [check for check in examine(os.environ) if check.name == "setting"]
-    assert {check.level for check in found} == {"warning"}
-    assert [check.detail for check in found] == [
+    check = check_named("settings", examine(os.environ))
+    assert (check.level, check.fix) == ("warning", "Correct or remove it where it is set; until then it is ignored.")
+    assert check.detail.splitlines() == [
         f"{home / 'planpatch.toml'}: devise: there is no such setting; did you mean device?",
         "environment variable PLANPATCH_PLAN_MAX_NEW_TOKENS: '5000' cannot be used: expected a whole number from 1 to"
         " 4096; the default stands.",
+        f"port = 1 ({home / 'planpatch.toml'}: port)",
     ]
+
+
+def test_a_settings_file_that_is_named_and_not_there_is_a_warning(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PLANPATCH_CONFIG", str(tmp_path / "typo.toml"))
+    check = check_named("settings", examine(os.environ))
+    assert (check.level, check.detail) == (
+        "warning",
+        f"environment variable PLANPATCH_CONFIG: the file {tmp_path / 'typo.toml'} does not exist; the defaults stand.",
+    )
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------
@@ -268,7 +282,6 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home without models."""
     folder = tmp_path / "empty home"
     monkeypatch.setenv("PLANPATCH_HOME", str(folder))
-    monkeypatch.setenv("PLANPATCH_CONFIG", str(folder / "planpatch.toml"))
     return folder
 
 

@@ -216,6 +216,29 @@ def test_missing_files_are_no_problem(tmp_path: Path) -> None:
     assert load_settings(user_toml=tmp_path / "none.toml", workspace=tmp_path / "none") == (Settings(), [])
 
 
+def test_a_file_that_is_named_and_missing_is_a_problem(tmp_path: Path) -> None:
+    """A typo in PLANPATCH_CONFIG went unnoticed: the defaults were used without a word."""
+    missing = tmp_path / "größe 🐍.toml"
+    assert load_settings(user_toml=missing, env={"PLANPATCH_CONFIG": " "})[1] == []
+    settings, problems = load_settings(user_toml=missing, env={"PLANPATCH_CONFIG": str(missing)})
+    assert [str(problem) for problem in problems] == [
+        f"environment variable PLANPATCH_CONFIG: the file {missing} does not exist; the defaults stand."
+    ]
+    assert settings == Settings()
+    missing.touch()
+    assert load_settings(user_toml=missing, env={"PLANPATCH_CONFIG": str(missing)})[1] == []
+
+
+@pytest.mark.parametrize(("name", "expected"), [("model", "auto, a name of"), ("adapter", "an adapter folder, auto")])
+def test_an_empty_name_says_what_may_stand_there(name: str, expected: str) -> None:
+    for sources in ({"cli": {name: ""}}, {"lsp": {name: "  "}}):
+        settings, problems = load_settings(**sources)  # type: ignore[arg-type]
+        assert getattr(settings, name) == "auto"
+        assert f"'{next(iter(next(iter(sources.values())).values()))}' cannot be used: expected {expected}" in str(
+            problems[0]
+        )
+
+
 def test_the_report_names_sources_and_hides_the_token() -> None:
     settings, _ = load_settings(env={"PLANPATCH_TOKEN": "s3cret"}, cli={"port": 0})
     report = {row["name"]: (row["value"], row["source"]) for row in settings.report()}
