@@ -83,4 +83,4 @@ class AdapterChoice:
     def _save(self, history: list[str]) -> None:
         self._history = history
         text = json.dumps({"history": history}, indent=2) + "\n"
-        write_atomically(self._path, text.encode("utf-8"), expected_sha256=None)
+        write_atomically(self._path, text.encode("utf-8"), expected_sha256=None, private=True)

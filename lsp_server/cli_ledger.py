@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,13 +127,22 @@ def export(
         if out.exists() and not force:
             raise UsageError(f"{out} exists already", hint="Give another name, or --force.")
         try:
-            with out.open("w", encoding="utf-8", newline="\n") as stream:
+            with open(out, "w", encoding="utf-8", newline="\n", opener=_private) as stream:
                 num_written = ledger.export(stream)
         except OSError as fault:
             raise WriteError(
                 f"{out} cannot be written: {fault.strerror or fault}", hint="Give another --out, or free disk space."
             ) from fault
     console.say(f"{num_written} proposals written to {escape(str(out))}")
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner can read, since it will hold source code; a device is left as it is."""
+    descriptor = os.open(path, flags, 0o600)
+    status = os.fstat(descriptor)
+    if sys.platform != "win32" and stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 @ledger_app.command()
@@ -166,9 +177,12 @@ def _write(patch_id: str, operation: Callable[[Ledger, str], Applied], done: str
                 "path": str(applied.path),
                 "hunks": list(applied.hunks),
                 "sha256": applied.sha256,
+                "warnings": applied.warnings,
             }
         )
         return
+    for warning in applied.warnings:
+        console.warn(warning)
     console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import GateError, UsageError
+from engine.patching.edits import Edit
 from engine.patching.gates import run_gates
 from engine.patching.ledger import Ledger
+from engine.patching.notices import notices
 from engine.patching.patcher import Patch, Patcher, Plan
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope
@@ -77,13 +80,15 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
         with open_engine(session, as_json) as engine:
             patcher = session.patcher(engine, ledger, "cli")
             patch = _make(patcher, request, source, scope, intent, plan, as_json=as_json)
-        if request.hunks is not None:
-            _check_hunks(patch, request.hunks)
+        edits = patch.edits if request.hunks is None else _chosen_edits(patch, request.hunks)
         applied = ledger.apply(patch.id, request.hunks) if request.write else None
+    warnings = notices(patch.source, patch.scope, edits) + (applied.warnings if applied else [])
     if as_json:
-        console.print_json({**patch.to_json(), "written": applied is not None})
+        console.print_json({**patch.to_json(), "written": applied is not None, "warnings": warnings})
         return
     console.print_diff(patch.diff)
+    for warning in warnings:
+        console.warn(warning)
     _say_what_next(patch, request, written=applied is not None)
 
 
@@ -142,7 +147,7 @@ def _make(
         )
 
 
-def _check_hunks(patch: Patch, hunks: tuple[int, ...]) -> None:
+def _chosen_edits(patch: Patch, hunks: tuple[int, ...]) -> Sequence[Edit]:
     """A part of a patch is another patch: every gate must pass it too."""
     if max(hunks) >= len(patch.edits):
         raise UsageError(
@@ -159,6 +164,7 @@ def _check_hunks(patch: Patch, hunks: tuple[int, ...]) -> None:
             gates=[verdict.to_json() for verdict in report.verdicts],
             patch_id=patch.id,
         )
+    return chosen
 
 
 def _say_what_next(patch: Patch, request: PatchRequest, *, written: bool) -> None:

@@ -75,7 +75,7 @@ class Session:
         mark = self.paths.retention_mark
         if not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S:
             prune_ledger(ledger, self.settings)
-            write_atomically(mark, b"", expected_sha256=None)
+            write_atomically(mark, b"", expected_sha256=None, private=True)
         return ledger
 
     def model_ref(self) -> ModelRef:

@@ -6,9 +6,11 @@ Symbolic links are followed and kept; mode bits are kept, the owner where the sy
 A process that is killed may leave its temporary file behind. It is named `.planpatch-….tmp` and is locked while its
 writer lives (on Windows it is open, which locks it), so that the next write in the folder can remove it safely.
 
-Not covered: a writer that changes the file in the microseconds between the last look at its bytes and the rename; hard
-links (the name that was written gets a file of its own); access control lists, extended attributes and creation times;
-a filesystem whose rename is not atomic.
+A hard link cannot be kept this way: the name that was written gets a file of its own, and the other names keep the old
+bytes. Writing in place would keep the link and could leave half a file, so the caller is told how many names there are.
+
+Not covered: a writer that changes the file in the microseconds between the last look at its bytes and the rename;
+access control lists, extended attributes and creation times; a filesystem whose rename is not atomic.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes, *, expected_sha256: str | None) -> None:
+def write_atomically(path: Path, data: bytes, *, expected_sha256: str | None, private: bool = False) -> int:
     """Replace the whole file, or nothing.
 
     Args:
@@ -78,6 +80,10 @@ def write_atomically(path: Path, data: bytes, *, expected_sha256: str | None) ->
         data: Its new bytes.
         expected_sha256: Digest that the file's bytes must have right before they are replaced; None writes whatever
             is there, also a new file.
+        private: Whether only its owner may read it, whatever its mode was.
+
+    Returns:
+        Number of other names (hard links) that the file had; they keep the old bytes.
 
     Raises:
         StaleTextError: The file is gone or its bytes are others than expected.
@@ -89,8 +95,8 @@ def write_atomically(path: Path, data: bytes, *, expected_sha256: str | None) ->
     with _errors_named(target):
         for attempt in range(_MAX_TEMP_FILES):
             try:
-                _write_and_replace(target, data, status, expected_sha256)
-                return
+                _write_and_replace(target, data, status, expected_sha256, private=private)
+                break
             except _TempFileLost:
                 # Another process's clean-up saw the file in the moment before it was locked.
                 if attempt == _MAX_TEMP_FILES - 1:
@@ -99,6 +105,7 @@ def write_atomically(path: Path, data: bytes, *, expected_sha256: str | None) ->
                         hint="Something removes .planpatch-*.tmp files from that folder; stop it and try again.",
                         path=str(target),
                     ) from None
+    return 0 if status is None else max(0, status.st_nlink - 1)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -147,8 +154,10 @@ def _status_to_keep(target: Path, expected_sha256: str | None) -> os.stat_result
     return status
 
 
-def _write_and_replace(target: Path, data: bytes, status: os.stat_result | None, expected_sha256: str | None) -> None:
-    with _locked_temp_file(target.parent, status) as (temp, file):
+def _write_and_replace(
+    target: Path, data: bytes, status: os.stat_result | None, expected_sha256: str | None, *, private: bool
+) -> None:
+    with _locked_temp_file(target.parent, status, private=private) as (temp, file):
         _write_all(file, data)
         os.fsync(file.fileno())
         if _IS_WINDOWS:  # an open file cannot be renamed there
@@ -158,14 +167,16 @@ def _write_and_replace(target: Path, data: bytes, status: os.stat_result | None,
 
 
 @contextmanager
-def _locked_temp_file(folder: Path, status: os.stat_result | None) -> Generator[tuple[Path, FileIO], None, None]:
+def _locked_temp_file(
+    folder: Path, status: os.stat_result | None, *, private: bool = False
+) -> Generator[tuple[Path, FileIO], None, None]:
     temp = folder / f".planpatch-{secrets.token_hex(8)}.tmp"
-    mode = 0o666 if status is None else stat.S_IMODE(status.st_mode) & 0o777
+    mode = 0o600 if private else 0o666 if status is None else stat.S_IMODE(status.st_mode) & 0o777
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     file = FileIO(os.open(temp, flags, mode), "wb")
     try:
         _lock(file.fileno())
-        _keep_owner_and_mode(file.fileno(), status)
+        _keep_owner_and_mode(file.fileno(), status, private=private)
         yield temp, file
     finally:
         if _IS_WINDOWS:  # an open file cannot be removed there
@@ -188,7 +199,7 @@ def _lock(descriptor: int) -> None:
             raise
 
 
-def _keep_owner_and_mode(descriptor: int, status: os.stat_result | None) -> None:
+def _keep_owner_and_mode(descriptor: int, status: os.stat_result | None, *, private: bool) -> None:
     if sys.platform == "win32" or status is None:
         return
     now = os.fstat(descriptor)
@@ -197,7 +208,7 @@ def _keep_owner_and_mode(descriptor: int, status: os.stat_result | None) -> None
             os.fchown(descriptor, status.st_uid, status.st_gid)
         except PermissionError:  # only root gives files away; the content matters more
             pass
-    os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+    os.fchmod(descriptor, 0o600 if private else stat.S_IMODE(status.st_mode))
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -26,6 +26,7 @@ import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -762,13 +763,13 @@ class Ledger:
         digests = {"from_sha256": from_sha256, "to_sha256": done.sha256}
         applying = self._append(entry.id, "applying", facts | digests)
         try:
-            write_atomically(path, data, expected_sha256=from_sha256)
+            num_other_names = write_atomically(path, data, expected_sha256=from_sha256)
         except PlanPatchError as error:
             self._settle(entry, applying, error.message)
             raise
         after = {"via": "disk", "operation": operation, "hunks": list(hunks), "sha256": done.sha256}
         self._append(entry.id, _EVENT_AFTER[operation], after)
-        return done
+        return replace(done, num_other_names=num_other_names)
 
     def _append(self, patch_id: str, kind: str, data: Mapping[str, Any], text_sha256: str | None = None) -> Event:
         at = self._now()

@@ -313,6 +313,7 @@ class Applied:
         operation: What was done.
         hunks: Indices of the edits that it was done with.
         sha256: Digest of the file's new bytes.
+        num_other_names: Hard links that the file had; they keep the old text.
     """
 
     patch_id: str
@@ -320,6 +321,16 @@ class Applied:
     operation: Operation
     hunks: tuple[int, ...]
     sha256: str
+    num_other_names: int = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to tell the user of it, in sentences without a full stop; often nothing."""
+        if not self.num_other_names:
+            return []
+        several = self.num_other_names > 1
+        names = f"{self.num_other_names} other names (hard links)" if several else "another name (a hard link)"
+        return [f"{self.path} had {names}, where the old text stays"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,29 @@ def test_a_symbolic_link_is_followed_and_kept(file: Path, tmp_path: Path) -> Non
 
 
 @posix_only
+@pytest.mark.parametrize("num_other_names", [0, 1, 2])
+def test_other_names_of_the_file_keep_the_old_bytes_and_are_counted(
+    file: Path, tmp_path: Path, num_other_names: int
+) -> None:
+    others = [tmp_path / f"other {number}.py" for number in range(num_other_names)]
+    for other in others:
+        other.hardlink_to(file)
+    assert write_atomically(file, NEW, expected_sha256=sha256_hex(OLD)) == num_other_names
+    assert file.read_bytes() == NEW
+    assert [other.read_bytes() for other in others] == [OLD] * num_other_names
+    assert write_atomically(file, OLD, expected_sha256=sha256_hex(NEW)) == 0
+
+
+@posix_only
+def test_a_private_file_is_closed_to_others_whatever_its_mode_was(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    for data in (OLD, NEW):
+        assert write_atomically(path, data, expected_sha256=None, private=True) == 0
+        assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (data, 0o600)
+        path.chmod(0o644)
+
+
+@posix_only
 def test_a_loop_of_links_is_an_error_and_not_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")

@@ -1,0 +1,124 @@
+"""What a person should know of a patch although every gate passed it.
+
+Not covered: whether a comment that stays is still true, and text in strings that are no docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import io
+import tokenize
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from engine.patching.edits import Edit, apply_edits, new_lines
+from engine.patching.scopes import ParseFault, Scope, definitions, parse_text, standalone_text
+from engine.patching.source import Source
+
+_LIKENESS_OF_REWORDED = 0.6
+
+
+def notices(source: Source, scope: Scope, edits: Sequence[Edit]) -> list[str]:
+    """What to tell the user of a patch, or of a part of one.
+
+    Args:
+        source: The file before.
+        scope: What was changed.
+        edits: Edits that passed the gates, in the coordinates of `source`.
+
+    Returns:
+        Sentences without a full stop; often none.
+    """
+    before, after = source.lines[scope.start_line - 1 : scope.end_line], _lines_after(source, scope, edits)
+    own = "" if scope.kind == "module" else scope.name
+    lost = removed(standalone_text(before, scope.indent), standalone_text(after, scope.indent), own)
+    return [*_fault_elsewhere(source, scope), *([f"the patch removes {lost}"] if lost else [])]
+
+
+def removed(old: str, new: str, own: str = "") -> str:
+    """Comments and docstrings that are gone.
+
+    A comment that moved, was re-indented or reworded is not gone; nor is a docstring that says something else now, or
+    whose function is gone as a whole.
+
+    Args:
+        old: Python text that parses.
+        new: What became of it.
+        own: Name of the one definition that the texts are; empty for a module.
+
+    Returns:
+        Such as `2 comments and the docstring`; empty if nothing is gone, or one of the texts does not parse.
+    """
+    try:
+        num_comments = _num_removed_comments(old, new)
+        docstrings = list(_removed_docstrings(parse_text(old), parse_text(new)))
+    except (tokenize.TokenError, SyntaxError, ParseFault):
+        return ""
+    parts = [_count(num_comments, "comment")] if num_comments else []
+    if len(docstrings) == 1:
+        parts.append("the docstring" if docstrings[0] == own else f"the docstring of `{docstrings[0]}`")
+    elif docstrings:
+        parts.append(_count(len(docstrings), "docstring"))
+    return " and ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _num_removed_comments(old: str, new: str) -> int:
+    before, after = _comments(old), _comments(new)
+    added = list((after - before).elements())
+    num_removed = 0
+    for comment in (before - after).elements():
+        reworded = difflib.get_close_matches(comment, added, n=1, cutoff=_LIKENESS_OF_REWORDED)
+        if reworded:
+            added.remove(reworded[0])
+        else:
+            num_removed += 1
+    return num_removed
+
+
+def _comments(text: str) -> Counter[str]:
+    """Comments without their marks; rules and empty ones are left out."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    words = (" ".join(token.string.lstrip("#").split()) for token in tokens if token.type == tokenize.COMMENT)
+    return Counter(comment for comment in words if any(map(str.isalnum, comment)))
+
+
+def _removed_docstrings(old: ast.Module, new: ast.Module) -> Iterator[str]:
+    """Qualified names of what lost its docstring; of two definitions of one name, one may have lost it."""
+    before, after = _documented(old), _documented(new)
+    still_there = Counter(["", *(name for name, _ in definitions(new))])
+    for name, number in before.items():
+        for _ in range(min(number, still_there[name]) - after[name]):
+            yield name
+
+
+def _documented(tree: ast.Module) -> Counter[str]:
+    """Names of definitions with a docstring; the module's is empty."""
+    nodes = [("", tree), *definitions(tree)]
+    return Counter(name for name, node in nodes if (ast.get_docstring(node, clean=False) or "").strip())
+
+
+def _lines_after(source: Source, scope: Scope, edits: Sequence[Edit]) -> Sequence[str]:
+    """The scope's lines in the patched file; imports may have been added above it or below."""
+    first, last = scope.start_line, scope.end_line
+    for edit in edits:
+        growth = len(new_lines(edit)) - (edit.end_line - edit.start_line + 1)
+        is_above = edit.start_line < scope.start_line
+        is_below = edit.start_line > scope.end_line + (edit.action == "insert")
+        first += growth if is_above else 0
+        last += 0 if is_below else growth
+    return apply_edits(source, edits).lines[first - 1 : last]
+
+
+def _fault_elsewhere(source: Source, scope: Scope) -> list[str]:
+    if scope.parses:
+        return []
+    try:
+        parse_text(source.plain_text())
+    except ParseFault as fault:
+        return [f"{source.path} does not parse ({fault}); only `{scope.qualname}` itself was checked"]
+    return []

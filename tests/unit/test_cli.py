@@ -1,0 +1,256 @@
+"""Commands in this process, with an engine that writes what a test tells it to; files, ledger and gates are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import PathError
+from lsp_server import cli, patch_command
+from lsp_server.cli_options import open_session
+from tests.scripted_engine import Script, ScriptedEngine
+
+BITS = (
+    '"""Bits 🐍."""\r\n\r\n\x0c\r\n@cache  # for a day\r\ndef ones(n):\r\n\t"""Count ones."""\r\n\t# Zero has none.\r\n'
+    "\tdef bit():\r\n\t\treturn n & 1\r\n\treturn bit()\r\n\r\n\r\ndef zeros(n):\r\n\treturn 0"
+).encode()
+ONES = '@cache  # for a day\ndef ones(n):\n\t"""Count ones."""\n\t# Zero has none.\n\tdef bit():\n\t\treturn n & 1\n'
+NEW_ONES = f"{ONES}\treturn n.bit_count()\n"
+PATCHED = BITS.replace(b"return bit()", b"return n.bit_count()")
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="links and modes as POSIX has them")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Desk:
+    """A home, a current folder with `bits.py`, and the commands."""
+
+    def __init__(self, home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.home = home
+        self.folder = folder
+        self.file = folder / "bits.py"
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str, script: Script = ()) -> Said:
+        @contextmanager
+        def engine(*_: object, **__: object) -> Generator[ScriptedEngine]:
+            yield ScriptedEngine(script)
+
+        self._monkeypatch.setattr(patch_command, "open_engine", engine)
+        self._capsys.readouterr()
+        code = cli.main(list(arguments))
+        said = self._capsys.readouterr()
+        return Said(code, said.out, said.err)
+
+    def patch(self, *options: str, answer: str = NEW_ONES, function: str = "ones", file: str = "bits.py") -> Said:
+        return self("patch", file, "-f", function, "-i", "Count all ones.", *options, script=[answer])
+
+
+@pytest.fixture
+def planpatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Desk:
+    home, folder = tmp_path / "state" / "home", tmp_path / "a workspace 🐍"
+    folder.mkdir()
+    (folder / "bits.py").write_bytes(BITS)
+    monkeypatch.setenv("PLANPATCH_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(folder)
+    return Desk(home, folder, monkeypatch, capsys)
+
+
+# --- links and modes -------------------------------------------------------------------------------------------------
+
+
+@posix_only
+def test_other_names_of_a_file_keep_the_old_text_and_the_user_is_told(planpatch: Desk) -> None:
+    other = planpatch.folder / "other.py"
+    other.hardlink_to(planpatch.file)
+    told = f"{planpatch.file} had another name (a hard link), where the old text stays"
+    assert planpatch.patch("--json").json["warnings"] == []
+
+    said = planpatch.patch("--write")
+    assert (said.code, planpatch.file.read_bytes(), other.read_bytes()) == (0, PATCHED, BITS)
+    assert f"warning: {told}\n" in said.err
+
+    patch_id = planpatch("ledger", "list", "--json").json[0]["id"]
+    for step, warnings in (("rollback", []), ("redo", [told])):
+        assert planpatch("ledger", step, patch_id, "--json").json["warnings"] == warnings
+        other.unlink()
+        other.hardlink_to(planpatch.file)
+    assert f"warning: {told}\n" in planpatch("ledger", "rollback", patch_id).err
+
+
+@posix_only
+def test_a_symbolic_link_stays_one_and_its_target_is_written(planpatch: Desk) -> None:
+    link = planpatch.folder / "link.py"
+    link.symlink_to("bits.py")
+    said = planpatch.patch("--write", "--json", file="link.py")
+    assert (said.code, link.is_symlink(), os.readlink(link), said.json["warnings"]) == (0, True, "bits.py", [])
+    assert planpatch.file.read_bytes() == PATCHED
+    for name in ("link.py", "bits.py"):  # one file under both names
+        assert len(planpatch("ledger", "list", "--file", name, "--json").json) == 1
+    assert planpatch("ledger", "rollback", said.json["patch_id"]).code == 0
+    assert (link.is_symlink(), planpatch.file.read_bytes()) == (True, BITS)
+
+
+@posix_only
+def test_everything_that_may_hold_the_user_s_code_is_closed_to_others(planpatch: Desk) -> None:
+    mask = os.umask(0)
+    try:
+        with open_session({}, None, False).ledger() as ledger:  # beside it lie -wal and -shm while it is open
+            assert planpatch.patch("--write").code == 0
+            assert planpatch("adapters", "use", "__none__").code == 0
+            assert ledger.problems() == []
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in planpatch.home.iterdir()}
+        exported = planpatch.folder / "ledger.jsonl"
+        exported.touch(0o644)
+        assert planpatch("ledger", "export", "-o", "new.jsonl").code == 0
+        assert planpatch("ledger", "export", "-o", "ledger.jsonl", "--force").code == 0
+    finally:
+        os.umask(mask)
+    names = {"adapters.json", "ledger.pruned", *(f"ledger.sqlite3{end}" for end in ("", "-wal", "-shm", ".lock"))}
+    assert modes == dict.fromkeys(names, 0o600)
+    for folder in (planpatch.home, planpatch.home.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for path in (planpatch.folder / "new.jsonl", exported):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert json.loads(path.read_text(encoding="utf-8"))["patched"].encode() == PATCHED
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there is no /dev/null here")
+def test_an_export_to_a_device_leaves_its_mode_alone(planpatch: Desk) -> None:
+    mode = os.stat("/dev/null").st_mode
+    assert planpatch("ledger", "export", "-o", "/dev/null", "--force").code == 0
+    assert os.stat("/dev/null").st_mode == mode
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+def test_comments_and_a_docstring_that_a_patch_drops_are_told_after_the_diff(planpatch: Desk) -> None:
+    bare = "@cache\ndef ones(n):\n\treturn n.bit_count()\n"
+    said = planpatch.patch(answer=bare)
+    assert said.code == 0, said.err
+    assert "warning: the patch removes 2 comments and the docstring\n" in said.err
+    known = planpatch.patch("--json", answer="is not asked for")
+    assert (known.json["known"], known.json["warnings"]) == (True, ["the patch removes 2 comments and the docstring"])
+
+
+def test_only_the_hunks_that_are_written_are_looked_at_for_what_they_drop(planpatch: Desk) -> None:
+    answer = NEW_ONES.replace("  # for a day", "")
+    assert planpatch.patch("--json", answer=answer).json["warnings"] == ["the patch removes 1 comment"]
+    written = planpatch.patch("--json", "--write", "--hunks", "2", answer=answer).json
+    assert (written["warnings"], planpatch.file.read_bytes()) == ([], PATCHED)
+
+
+def test_a_file_that_does_not_parse_elsewhere_is_patched_with_a_warning_that_names_the_line(planpatch: Desk) -> None:
+    broken = BITS + b"\r\n\r\ndef broken(:\r\n\tpass\r\n"
+    planpatch.file.write_bytes(broken)
+    warning = "bits.py does not parse (line 16: invalid syntax); only `ones` itself was checked"
+    assert planpatch.patch("--json").json["warnings"] == [warning]
+    said = planpatch.patch("--write")
+    assert (said.code, f"warning: {warning}\n" in said.err) == (0, True)
+    assert planpatch.file.read_bytes() == broken.replace(b"return bit()", b"return n.bit_count()")
+
+
+# --- what was asked for is not clear ---------------------------------------------------------------------------------
+
+
+def test_of_several_functions_of_one_name_each_is_listed_as_it_can_be_typed(planpatch: Desk) -> None:
+    twice = (
+        "class A:\n    def run(self):\n        return 1\n\n    def run(self, x):\n        return x\n\n\ndef f(): pass\n"
+    )
+    planpatch.file.write_text(twice, encoding="utf-8")
+    said = planpatch("patch", "bits.py", "-i", "x")
+    assert (said.code, said.err) == (
+        2,
+        "usage: Which part of bits.py is meant?\n"
+        "  Give --function NAME, --line N or --module. It has: A, A.run@2, A.run@5, f\n",
+    )
+    answer = "    def run(self, x):\n        return -x\n"
+    assert planpatch.patch("--write", function="A.run@5", answer=answer).code == 0
+    assert planpatch.file.read_text(encoding="utf-8") == twice.replace("return x", "return -x")
+
+
+EMPTY = "it is empty; expected auto, a name of `planpatch models list`, organisation/name"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("patch bits.py -f f -i x --model", "setting: command line: --model: '' cannot be used: expected auto, a name"),
+        ("patch bits.py -f f -i x --adapter", "setting: command line: --adapter: '' cannot be used: expected an adapt"),
+        ("models pull", f"usage: Invalid value for 'name': {EMPTY}"),
+        ("models rm", f"usage: Invalid value for 'name': {EMPTY}"),
+        ("models show", f"usage: Invalid value for 'name': {EMPTY}"),
+    ],
+)
+def test_an_empty_name_is_named_with_what_is_possible(
+    planpatch: Desk, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str
+) -> None:
+    monkeypatch.setenv("PLANPATCH_MODEL", "qwen3-4b")  # it does not stand where an option is wrong
+    told = planpatch(*arguments.split(), "")
+    assert (told.code, told.err[: len(said)]) == (2, said)
+    assert "stands" not in told.err
+    assert "./model.gguf" in told.err or "__none__" in told.err
+
+
+def test_a_settings_file_that_is_named_and_missing_is_told(planpatch: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = planpatch.folder / "nowhere.toml"
+    monkeypatch.setenv("PLANPATCH_CONFIG", str(missing))
+    said = planpatch("ledger", "list", "--json")
+    assert (said.code, said.json) == (0, [])
+    assert said.err == (
+        f"setting ignored: environment variable PLANPATCH_CONFIG: the file {missing} does not exist;"
+        " the defaults stand.\n"
+    )
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_option_s_adapter_is_looked_for_in_the_current_folder_first(planpatch: Desk) -> None:
+    """It stood under PLANPATCH_HOME, so that `--adapter ./mine` named a folder that nobody meant."""
+    here, there = planpatch.folder / "mine 🐍", planpatch.home / "training" / "mine"
+    for folder in (here, there):
+        folder.mkdir(parents=True)
+
+    def adapter(text: str) -> Path | None:
+        return open_session({"adapter": text}, None, False).adapter()
+
+    assert adapter("./mine 🐍") == adapter("mine 🐍") == adapter(str(here)) == here
+    assert adapter("training/mine") == there
+    assert adapter("__none__") is None
+    with pytest.raises(PathError, match="'~nobody of that name/x' names no path"):
+        adapter("~nobody of that name/x")
+
+
+def test_a_setting_s_adapter_stands_under_the_home(planpatch: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    (planpatch.folder / "mine").mkdir()
+    (planpatch.home / "mine").mkdir(parents=True)
+    for variable in ("ADAPTER_PATH", "PLANPATCH_ADAPTER"):
+        monkeypatch.setenv(variable, "./mine")
+        assert open_session({}, None, False).adapter() == planpatch.home / "mine"
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------------
