@@ -97,9 +97,10 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     """A test that names no home still cannot reach the user's ledger."""
     for name in [name for name in os.environ if _OURS.fullmatch(name)]:
         monkeypatch.delenv(name)
-    spare = tmp_path_factory.getbasetemp() / "spare-home"
+    spare, settings = (tmp_path_factory.getbasetemp() / name for name in ("spare-home", "no-settings.toml"))
+    settings.touch()
     monkeypatch.setenv("PLANPATCH_HOME", str(spare))
-    monkeypatch.setenv("PLANPATCH_CONFIG", str(spare / "planpatch.toml"))
+    monkeypatch.setenv("PLANPATCH_CONFIG", str(settings))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -154,6 +155,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_home: Path) -> Pa
     folder.mkdir(mode=0o700)
     (test_home / "models").mkdir(parents=True, exist_ok=True)
     _link_folder(folder / "models", test_home / "models")
+    (folder / "planpatch.toml").touch()
     monkeypatch.setenv("PLANPATCH_HOME", str(folder))
     monkeypatch.setenv("PLANPATCH_CONFIG", str(folder / "planpatch.toml"))
     return folder
