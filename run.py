@@ -2,6 +2,7 @@
 
     python run.py demo              plan and patch a broken function with a real model, show the diff, take it back
     python run.py test [ARGS]       checks and quick tests (10 minutes); with pytest ARGS only those tests
+    python run.py test --slow       the tests with real models that the quick ones leave out (5 minutes)
     python run.py test --long       everything at full size; writes a dated summary to tests/results/
     python run.py check             ruff, import-linter, pydoclint and pyright
 
@@ -293,12 +294,14 @@ def fetch_pyright() -> None:
 def run_tests(arguments: list[str]) -> int:
     """Checks, the test model, then pytest; with pytest arguments only pytest."""
     started = time.monotonic()
-    long_run = "--long" in arguments
-    pytest_arguments = [argument for argument in arguments if argument != "--long"]
-    checked = bool(pytest_arguments) or run_checks()
+    long_run, slow_run = "--long" in arguments, "--slow" in arguments
+    pytest_arguments = [argument for argument in arguments if argument not in ("--long", "--slow")]
+    checked = bool(pytest_arguments) or slow_run or run_checks()
     home = Path(os.environ.get("PLANPATCH_TEST_HOME") or VENV / "test-home").resolve()
     environment = {"PLANPATCH_TEST_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     pull_test_model(home)
+    if slow_run:
+        environment["PLANPATCH_SLOW"] = "1"
     if long_run:
         environment["PLANPATCH_LONG"] = "1"
         environment["PLANPATCH_RESULTS"] = str(ROOT / "tests" / "results")

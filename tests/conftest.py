@@ -1,7 +1,7 @@
 """What every test gets: an environment of its own, no network, and the real 0.5B where it asks for it.
 
 Everything that PlanPatch would read from the environment is removed, so that no test depends on the shell it was
-started from. PLANPATCH_TEST_HOME, PLANPATCH_LONG and PLANPATCH_RESULTS steer the run itself and stay.
+started from. PLANPATCH_TEST_HOME, _LONG, _SLOW, _RESULTS and _BENCH… steer the run itself and stay.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tests.results import Figure, Run, write_summary
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("unit", "integration", "e2e")
 LONG = os.environ.get("PLANPATCH_LONG") == "1"
+SLOW = os.environ.get("PLANPATCH_SLOW") == "1"
 RESULTS = os.environ.get("PLANPATCH_RESULTS")
 TEST_HOME = Path(os.environ.get("PLANPATCH_TEST_HOME") or ROOT / ".venv" / "test-home").resolve()
 _OURS = re.compile(
-    r"PLANPATCH_(?!(TEST_HOME|LONG|RESULTS)$).*|(QWEN|GEN)_.*|TORCH_DTYPE|ADAPTER_PATH|CTX_LIMIT|CLEAN_RESP|OLLAMA_CTX_CHARS"
+    r"PLANPATCH_(?!(TEST_HOME|LONG|SLOW|RESULTS|BENCH.*)$).*|(QWEN|GEN)_.*|TORCH_DTYPE|ADAPTER_PATH|CTX_LIMIT|CLEAN_RESP|OLLAMA_CTX_CHARS"
 )
 
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True)
@@ -56,14 +57,20 @@ _STARTED = pytest.StashKey[float]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark each test with its tier, run cheap tiers first, and leave long tests out of quick runs."""
+    """Mark each test with its tier, run cheap tiers first, and leave out what this run is not for."""
     for item in items:
         item.add_marker(_tier(item))
     items.sort(key=lambda item: TIERS.index(_tier(item)))
-    left_out = [] if LONG else [item for item in items if item.get_closest_marker("long")]
+    left_out = [item for item in items if not _is_wanted(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    """A long run takes every test, a slow run the slow ones alone, a quick run all that are neither."""
+    is_slow, is_long = (item.get_closest_marker(name) is not None for name in ("slow", "long"))
+    return LONG or (not is_long and is_slow == SLOW)
 
 
 def _tier(item: pytest.Item) -> str:

@@ -38,6 +38,7 @@ def newest_ids(folder: Path) -> dict[str, str]:
     return {"PATCH_ID": patches[0]["id"]} if patches else {}
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works_in_order(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder_05b: Path
 ) -> None:

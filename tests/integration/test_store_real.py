@@ -24,6 +24,8 @@ from engine.inference.store import LocalModel, ModelStore
 from engine.inference.store_files import safetensors_header
 from engine.inference.tokenizer import HFChatTokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
 PULL = """
