@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
+from rich.markup import escape
 
 from engine.errors import PlanPatchError, UsageError, WriteError
 from engine.inference.loading import set_runtime_defaults
@@ -95,9 +96,9 @@ def plan(
         return
     console.out.print(made.text, markup=False)
     cut = " (cut at the token limit)" if made.truncated else ""
-    console.say(f"\n{made.id}{cut} · planpatch patch {file} --plan-id {made.id} patches from it")
+    console.say(f"\n{made.id}{cut} · planpatch patch {escape(str(file))} --plan-id {made.id} patches from it")
     for part in made.dropped:
-        console.say(f"left out of the context: {part}")
+        console.say(f"left out of the context: {escape(part)}")
 
 
 @app.command()
@@ -222,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         if code == 130:
             return _interrupted(as_json)
         sys.stdout.flush()  # here, where what goes wrong is told
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
+        return 2 if code == 1 else code  # the option parser's own: a shell that it has no completion for
     except PlanPatchError as error:
         return _report(error, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):

@@ -38,6 +38,9 @@ def list_proposals(
     if as_json:
         console.print_json([line.to_json() for line in lines])
         return
+    if not lines:
+        console.say("no such patch" if file or state else "no patch yet; planpatch patch makes one")
+        return
     rows = [
         (
             line.id,
@@ -183,7 +186,8 @@ def _write(patch_id: str, operation: Callable[[Ledger, str], Applied], done: str
         return
     for warning in applied.warnings:
         console.warn(warning)
-    console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}")
+    if not applied.was_so_already:
+        console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}")
 
 
 def _show_hunks(error: StaleTextError) -> None:
@@ -191,7 +195,7 @@ def _show_hunks(error: StaleTextError) -> None:
     for hunk in error.details.get("hunks", ()):
         view = hunk.get("view") or hunk.get("three_way")
         if view:
-            console.err.print(str(view), markup=False)
+            sys.stderr.write(f"{view}\n")  # as it is, tabs included: the user may copy lines from it
 
 
 def _label(patch_id: str, operation: Callable[..., None], reason: str, as_json: bool) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import GateError, UsageError
+from rich.markup import escape
+
+from engine.errors import GateError, UsageError, WriteError
 from engine.patching.edits import Edit
 from engine.patching.gates import run_gates
-from engine.patching.ledger import Ledger
+from engine.patching.ledger import Applied, Ledger
 from engine.patching.notices import notices
 from engine.patching.patcher import Patch, Patcher, Plan
 from engine.patching.prompts import Feedback
@@ -70,6 +72,7 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
         GateError: No attempt passed the gates.
         UsageError: The options do not fit together.
         StaleTextError: The file changed while the model wrote.
+        WriteError: The file cannot be written; the ledger keeps the patch.
     """
     if sum(map(bool, (request.plan_id, request.plan_text, request.plan_first))) > 1:
         raise UsageError("--plan-id, --plan and --plan-first exclude each other")
@@ -81,7 +84,7 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
             patcher = session.patcher(engine, ledger, "cli")
             patch = _make(patcher, request, source, scope, intent, plan, as_json=as_json)
         edits = patch.edits if request.hunks is None else _chosen_edits(patch, request.hunks)
-        applied = ledger.apply(patch.id, request.hunks) if request.write else None
+        applied = _apply(ledger, patch, request.hunks) if request.write else None
     warnings = notices(patch.source, patch.scope, edits) + (applied.warnings if applied else [])
     if as_json:
         console.print_json({**patch.to_json(), "written": applied is not None, "warnings": warnings})
@@ -147,6 +150,16 @@ def _make(
         )
 
 
+def _apply(ledger: Ledger, patch: Patch, hunks: tuple[int, ...] | None) -> Applied:
+    """Write the patch; where that fails it is not lost, and the user is told its id."""
+    try:
+        return ledger.apply(patch.id, hunks)
+    except WriteError as error:
+        error.hint += f" The patch is kept: planpatch ledger apply {patch.id} writes it."
+        error.details["patch_id"] = patch.id
+        raise
+
+
 def _chosen_edits(patch: Patch, hunks: tuple[int, ...]) -> Sequence[Edit]:
     """A part of a patch is another patch: every gate must pass it too."""
     if max(hunks) >= len(patch.edits):
@@ -175,6 +188,6 @@ def _say_what_next(patch: Patch, request: PatchRequest, *, written: bool) -> Non
     for repair in patch.repairs:
         console.err.print(f"mended: {repair}", markup=False)
     if written:
-        console.say(f"written to {request.file}; planpatch ledger rollback {patch.id} takes it back")
+        console.say(f"written to {escape(str(request.file))}; planpatch ledger rollback {patch.id} takes it back")
     else:
         console.say(f"nothing was written; planpatch ledger apply {patch.id} writes it")

@@ -33,7 +33,7 @@ from typing import Any, Literal, TextIO
 
 from filelock import FileLock, Timeout
 
-from engine.errors import LedgerError, PlanPatchError, StaleTextError, UsageError
+from engine.errors import LedgerError, PathError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.disk import read_bytes, remove_leftovers, sha256_hex, write_atomically
 from engine.patching.edits import AnchorError, Edit, apply_edits
 from engine.patching.ledger_db import Database
@@ -65,7 +65,7 @@ from engine.patching.ledger_records import (
     summary_of,
     wrong_state,
 )
-from engine.patching.relocate import Change, Replanted, hunks_of, replant
+from engine.patching.relocate import Change, Range, Replanted, hunks_of, relocate, replant
 from engine.patching.source import Source
 
 __all__ = [
@@ -453,11 +453,13 @@ class Ledger:
     def rollback(self, patch_id: str) -> Applied:
         """Take a proposal's hunks out of its file on disk. Edits elsewhere in the file stay.
 
+        Where all of them are out already, by version control or by hand, that is recorded and nothing is written.
+
         Args:
             patch_id: The proposal.
 
         Returns:
-            What was written.
+            What was done.
 
         Raises:
             UsageError: No such proposal, or it is not applied.
@@ -470,13 +472,13 @@ class Ledger:
         return self._turn(patch_id, "rollback")
 
     def redo(self, patch_id: str) -> Applied:
-        """Put a rolled back proposal's hunks into its file again.
+        """Put a rolled back proposal's hunks into its file again; where they are in it already, that is recorded.
 
         Args:
             patch_id: The proposal.
 
         Returns:
-            What was written.
+            What was done.
 
         Raises:
             UsageError: No such proposal, or it was not rolled back.
@@ -730,9 +732,22 @@ class Ledger:
         with self._writing_files():
             entry = self._get(patch_id)
             path = _path_on_disk(entry)
-            current = source_of(read_bytes(path), path)
-            turned = self._turned(entry, operation, current)
+            current = source_of(_bytes_on_disk(entry, path), path)
+            try:
+                turned = self._turned(entry, operation, current)
+            except StaleTextError as error:
+                stands_alone = error.details["later_patch_id"] is None and not error.details["missing_patch_ids"]
+                if not (stands_alone and _is_turned(entry, operation, current)):
+                    raise
+                return self._note_turned(entry, operation, current)
             return self._write(entry, operation, entry.standing.hunks, current.sha256, turned.source.to_bytes())
+
+    def _note_turned(self, entry: Entry, operation: Operation, current: Source) -> Applied:
+        """Record that the user did it in another way; else the proposal could be neither rolled back nor applied."""
+        hunks = entry.standing.hunks
+        facts = {"via": "disk", "operation": operation, "hunks": list(hunks), "reason": "the file was so already"}
+        self._append(entry.id, _EVENT_AFTER[operation], facts | {"sha256": current.sha256})
+        return Applied(entry.id, _path_on_disk(entry), operation, hunks, current.sha256, was_so_already=True)
 
     def _turned(self, entry: Entry, operation: Operation, current: Source) -> Replanted:
         standing = entry.standing
@@ -744,15 +759,33 @@ class Ledger:
             return _replanted(entry, standing.hunks, operation, current)
         except StaleTextError as error:
             later = self._applied_later(entry) if operation == "rollback" else None
+            missing = self._taken_out_below(entry) if operation == "redo" else []
             if later is not None:
                 error.hint = f"{later} was applied to this file later: roll it back first, or change the lines by hand."
-            error.details |= {"patch_id": entry.id, "later_patch_id": later}
+            if missing:
+                first = "it first" if len(missing) == 1 else "them first, in this order"
+                error.hint = (
+                    f"This patch was made on top of {', '.join(missing)}: redo {first}, or change the lines by hand."
+                )
+            error.details |= {"patch_id": entry.id, "later_patch_id": later, "missing_patch_ids": missing}
             raise
 
     def _applied_later(self, entry: Entry) -> str | None:
         """Another proposal that went into the same file after this one."""
         last = None if entry.proposal.path is None else self.last_applied(entry.proposal.path)
         return None if last is None or last.id == entry.id else last.id
+
+    def _taken_out_below(self, entry: Entry) -> list[str]:
+        """Proposals that were in the file when this one was made and are not now, oldest first."""
+        sql = "SELECT id FROM proposals WHERE path_key = ? AND id < ? ORDER BY id"
+        made_at = entry.events[0].seq
+        found: list[str] = []
+        for row in self._database.rows(sql, (path_key(entry.proposal.path), entry.id)):
+            events = self._events(row["id"])
+            then = add_up(event for event in events if event.seq < made_at)
+            if then.is_applied and not add_up(events).is_applied:
+                found.append(row["id"])
+        return found
 
     def _write(
         self, entry: Entry, operation: Operation, hunks: tuple[int, ...], from_sha256: str, data: bytes
@@ -906,6 +939,21 @@ def _replanted(entry: Entry, hunks: Sequence[int], operation: Operation, current
     return replant(base, applied, [Change(place.index, place.base, place.patched) for place in places], current)
 
 
+def _is_turned(entry: Entry, operation: Operation, current: Source) -> bool:
+    """Whether every hunk is found as the operation would leave it, between the same lines as there.
+
+    Without the lines around it a patch that put lines beside an old one and was edited since would seem to be out.
+    """
+    is_rollback = operation == "rollback"
+    base = source_of(entry.proposal.base, entry.proposal.path)
+    lines = (base if is_rollback else entry.applied_text(entry.standing.hunks)).lines
+    blocks = [
+        place.base if is_rollback else place.patched for place in hunks_of(entry.proposal.edits, entry.standing.hunks)
+    ]
+    wider = [Range(max(0, block.start - 1), min(len(lines), block.stop + 1)) for block in blocks]
+    return all(relocate(lines, current.lines, [block]) != [None] for block in wider)
+
+
 def _fits(entry: Entry, hunks: Sequence[int], operation: Operation, data: bytes) -> bool:
     try:
         _replanted(entry, hunks, operation, source_of(data, entry.proposal.path))
@@ -930,8 +978,22 @@ def _check_proposal(proposal: Proposal) -> None:
         )
 
 
+def _bytes_on_disk(entry: Entry, path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except PathError as error:
+        if os.path.lexists(path):
+            raise
+        raise PathError(
+            f"{path}, the file of {entry.id}, does not exist any more.",
+            hint=f"Put it back; planpatch ledger show {entry.id} --json has its `base` and `patched` text.",
+            path=str(path),
+            patch_id=entry.id,
+        ) from error
+
+
 def _check_is_base(entry: Entry, path: Path) -> None:
-    found, expected = sha256_hex(read_bytes(path)), sha256_hex(entry.proposal.base)
+    found, expected = sha256_hex(_bytes_on_disk(entry, path)), sha256_hex(entry.proposal.base)
     if found != expected:
         raise StaleTextError(
             f"{path} changed since {entry.id} was proposed.",

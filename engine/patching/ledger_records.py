@@ -305,7 +305,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A file that was written.
+    """A file that was written, or that was found as it would have been written.
 
     Args:
         patch_id: The proposal.
@@ -314,6 +314,7 @@ class Applied:
         hunks: Indices of the edits that it was done with.
         sha256: Digest of the file's new bytes.
         num_other_names: Hard links that the file had; they keep the old text.
+        was_so_already: Whether there was nothing to write.
     """
 
     patch_id: str
@@ -322,10 +323,14 @@ class Applied:
     hunks: tuple[int, ...]
     sha256: str
     num_other_names: int = 0
+    was_so_already: bool = False
 
     @property
     def warnings(self) -> list[str]:
         """What to tell the user of it, in sentences without a full stop; often nothing."""
+        if self.was_so_already:
+            how = "without" if self.operation == "rollback" else "with"
+            return [f"{self.path} was {how} the patch already; nothing was written"]
         if not self.num_other_names:
             return []
         several = self.num_other_names > 1

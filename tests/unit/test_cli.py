@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from lsp_server import cli, patch_command
 from lsp_server.cli_options import open_session
 from tests.scripted_engine import Script, ScriptedEngine
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 BITS = (
     '"""Bits 🐍."""\r\n\r\n\x0c\r\n@cache  # for a day\r\ndef ones(n):\r\n\t"""Count ones."""\r\n\t# Zero has none.\r\n'
     "\tdef bit():\r\n\t\treturn n & 1\r\n\treturn bit()\r\n\r\n\r\ndef zeros(n):\r\n\treturn 0"
@@ -173,6 +175,13 @@ def test_a_file_that_does_not_parse_elsewhere_is_patched_with_a_warning_that_nam
     assert planpatch.file.read_bytes() == broken.replace(b"return bit()", b"return n.bit_count()")
 
 
+def test_a_name_with_brackets_is_shown_as_it_is(planpatch: Desk) -> None:
+    """`[bold]` in a file's name was read as markup and left out."""
+    (planpatch.folder / "a [bold] name.py").write_bytes(BITS)
+    said = planpatch.patch("--write", file="a [bold] name.py")
+    assert (said.code, "written to a [bold] name.py; planpatch ledger rollback" in said.err) == (0, True)
+
+
 # --- what was asked for is not clear ---------------------------------------------------------------------------------
 
 
@@ -254,3 +263,129 @@ def test_a_setting_s_adapter_stands_under_the_home(planpatch: Desk, monkeypatch:
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_ledger_is_an_empty_list(planpatch: Desk) -> None:
+    assert planpatch("ledger", "list", "--json") == Said(0, "[]\n", "")
+    assert planpatch("ledger", "list") == Said(0, "", "no patch yet; planpatch patch makes one\n")
+    assert planpatch("ledger", "list", "--file", "bits.py") == Said(0, "", "no such patch\n")
+    assert planpatch("ledger", "export") == Said(0, "", "")
+    ledger = planpatch.home / "ledger.sqlite3"
+    assert planpatch("ledger", "show", "p_none") == Said(
+        2, "", f"usage: There is no patch 'p_none' in {ledger}.\n  The ledger is empty.\n"
+    )
+
+
+def test_an_id_is_told_apart_from_unknown_and_ambiguous_ones(planpatch: Desk) -> None:
+    first = planpatch.patch("--json").json["patch_id"]
+    second = planpatch.patch("--json", answer="def zeros(n):\n\treturn n - n\n", function="zeros").json["patch_id"]
+    common = first[: next(index for index in range(len(first)) if first[index] != second[index])]
+    said = planpatch("ledger", "show", common)
+    assert (said.code, said.err.splitlines()[1]) == (2, f"  Name one of them in full: {first}, {second}.")
+    error = planpatch("ledger", "show", "nothing", "--json").json["error"]
+    assert (error["code"], error["details"]["latest"]) == ("usage", [second, first])
+    assert first in planpatch("ledger", "show", first[: len(common) + 1]).out
+
+
+def test_patches_of_one_file_are_taken_back_and_put_in_again_in_any_order_that_fits(planpatch: Desk) -> None:
+    answers = [
+        ("ones", NEW_ONES),
+        ("zeros", "def zeros(n):\n\treturn n.bit_length() - ones(n)\n"),
+        ("ones", NEW_ONES.replace("n.bit", "int(n).bit")),
+    ]
+    texts, ids = [BITS], []
+    for function, answer in answers:
+        ids.append(planpatch.patch("--write", "--json", answer=answer, function=function).json["patch_id"])
+        texts.append(planpatch.file.read_bytes())
+    first, other, on_top = ids
+
+    blocked = planpatch("ledger", "rollback", first)
+    assert (blocked.code, planpatch.file.read_bytes()) == (1, texts[3])
+    assert "<<<<<<< now in the file\n\treturn int(n).bit_count()\n" in blocked.err
+    assert f"{on_top} was applied to this file later: roll it back first" in blocked.err
+    for patch_id in (on_top, first, other):
+        assert planpatch("ledger", "rollback", patch_id).code == 0
+    assert planpatch.file.read_bytes() == BITS
+
+    blocked = planpatch("ledger", "redo", on_top)
+    assert (blocked.code, planpatch.file.read_bytes()) == (1, BITS)
+    assert f"This patch was made on top of {first}, {other}: redo them first, in this order" in blocked.err
+    for patch_id in (first, on_top, other):
+        assert planpatch("ledger", "redo", patch_id).code == 0
+    assert planpatch.file.read_bytes() == texts[3]
+
+
+def test_a_patch_of_a_file_that_was_deleted_or_restored_is_not_lost(planpatch: Desk) -> None:
+    patch_id = planpatch.patch("--write", "--json").json["patch_id"]
+    planpatch.file.unlink()
+    said = planpatch("ledger", "rollback", patch_id)
+    assert (said.code, said.err) == (
+        2,
+        f"path: {planpatch.file}, the file of {patch_id}, does not exist any more.\n"
+        f"  Put it back; planpatch ledger show {patch_id} --json has its `base` and `patched` text.\n",
+    )
+    planpatch.file.write_bytes(planpatch("ledger", "show", patch_id, "--json").json["base"].encode())
+
+    said = planpatch("ledger", "rollback", patch_id)
+    assert said == Said(0, "", f"warning: {planpatch.file} was without the patch already; nothing was written\n")
+    assert planpatch("ledger", "redo", patch_id).code == 0
+    assert planpatch.file.read_bytes() == PATCHED
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a read-only file there is tried again for two seconds")
+def test_a_patch_that_cannot_be_written_is_kept_and_the_user_is_told_its_id(planpatch: Desk) -> None:
+    planpatch.file.chmod(0o444)
+    said = planpatch.patch("--write")
+    patch_id = planpatch("ledger", "list", "--json").json[0]["id"]
+    assert (said.code, said.err) == (
+        3,
+        f"write: {planpatch.file} is read-only.\n"
+        f"  Make the file writable and try again. The patch is kept: planpatch ledger apply {patch_id} writes it.\n",
+    )
+    assert planpatch.patch("--write", "--json").json["error"]["details"]["patch_id"] == patch_id
+    planpatch.file.chmod(0o644)
+    assert (planpatch("ledger", "apply", patch_id).code, planpatch.file.read_bytes()) == (0, PATCHED)
+
+
+def test_a_rejected_patch_stays_in_its_file_until_it_is_rolled_back(planpatch: Desk) -> None:
+    patch_id = planpatch.patch("--write", "--json").json["patch_id"]
+    said = planpatch("ledger", "reject", patch_id, "--reason", "too clever")
+    assert f"it is still in its file; planpatch ledger rollback {patch_id} takes it out" in said.err
+    assert planpatch.file.read_bytes() == PATCHED
+    assert planpatch("ledger", "rollback", patch_id).code == 0
+    assert planpatch.file.read_bytes() == BITS
+
+
+# --- models and shells -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_unknown_or_not_here_cannot_be_removed(planpatch: Desk) -> None:
+    said = planpatch("models", "rm", "qwen3-40b")
+    assert (said.code, said.err.splitlines()[0]) == (3, "model: There is no model named 'qwen3-40b'")
+    assert "qwen3-4b" in said.err.splitlines()[1]
+    error = planpatch("models", "rm", "qwen3-4b", "--json").json["error"]
+    assert (error["code"], error["message"].split(" (")[0]) == ("model", "The model qwen3-4b is not on this machine")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash")
+def test_the_shell_s_script_completes_commands_options_and_choices(tmp_path: Path) -> None:
+    """Both are asked as bash asks; which shell it is, is for the environment to say."""
+    start = "import sys; from lsp_server.__main__ import _run; sys.exit(_run())"
+    command = [sys.executable, "-X", "utf8", "-c", start]
+
+    def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PLANPATCH_HOME": str(tmp_path), **environment}
+        named = [*command[:-1], command[-1].replace("import sys;", "import sys; sys.argv = ['planpatch'];", 1)]
+        return subprocess.run(named, cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8")
+
+    script = ask(_PLANPATCH_COMPLETE="source_bash")
+    assert (script.returncode, "complete -o default -F _planpatch_completion planpatch" in script.stdout) == (0, True)
+    for words, completed in (
+        ("planpatch led", ["ledger"]),
+        ("planpatch ledger r", ["rollback", "redo", "reject"]),
+        ("planpatch patch --mod", ["--module", "--model"]),
+        ("planpatch ledger list --state ro", ["rolled_back"]),
+    ):
+        last = str(len(words.split()) - 1)
+        said = ask(_PLANPATCH_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=last)
+        assert (said.returncode, said.stdout.split(), said.stderr) == (0, completed, "")

@@ -351,6 +351,84 @@ def test_a_later_patch_on_the_same_lines_is_rolled_back_first(ledger: Ledger, fi
     assert ledger.last_applied(file) is None
 
 
+def test_a_patch_made_on_top_of_others_is_redone_after_them(ledger: Ledger, file: Path) -> None:
+    """Each hunk was called edited, and nothing said that an earlier patch was missing below it."""
+    first = ledger.propose(proposal(file))
+    ledger.apply(first)
+    beside = ledger.propose(proposal(file, patched(), (1, 1, "import re")))
+    ledger.apply(beside)
+    never = ledger.propose(proposal(file, file.read_bytes(), (2, 2, "import json")))
+    second = ledger.propose(proposal(file, file.read_bytes(), (7, 7, "\t\treturn 'second'")))
+    ledger.apply(second)
+    on_top = file.read_bytes()
+    for patch_id in (second, beside, first):
+        ledger.rollback(patch_id)
+    assert file.read_bytes() == BASE
+    with pytest.raises(StaleTextError) as caught:
+        ledger.redo(second)
+    assert caught.value.hint == (
+        f"This patch was made on top of {first}, {beside}: redo them first, in this order, or change the lines by hand."
+    )
+    ledger.redo(beside)
+    with pytest.raises(StaleTextError) as caught:
+        ledger.redo(second)
+    assert caught.value.hint.startswith(f"This patch was made on top of {first}: redo it first, or")
+    for patch_id in (first, second):
+        ledger.redo(patch_id)
+    assert file.read_bytes() == on_top
+    assert ledger.get(never).state is State.PROPOSED
+
+
+def test_a_patch_that_was_taken_out_or_put_in_by_other_means_is_recorded_so(ledger: Ledger, file: Path) -> None:
+    """It could be neither rolled back (edited inside) nor applied (is in its file already) nor redone (is applied)."""
+    patch_id = ledger.propose(proposal(file))
+    ledger.apply(patch_id)
+    file.write_bytes(BASE.replace(b"import os", b"import re"))
+    for step, state, word in ((ledger.rollback, State.ROLLED_BACK, "without"), (ledger.redo, State.APPLIED, "with")):
+        now = file.read_bytes()
+        done = step(patch_id)
+        assert (done.was_so_already, done.sha256, file.read_bytes()) == (True, sha256_hex(now), now)
+        assert done.warnings == [f"{file} was {word} the patch already; nothing was written"]
+        assert ledger.get(patch_id).state is state
+        file.write_bytes(patched())
+    ledger.rollback(patch_id)
+    assert file.read_bytes() == BASE
+
+
+def test_half_a_patch_taken_out_by_hand_is_still_an_edit(ledger: Ledger, file: Path) -> None:
+    patch_id = ledger.propose(proposal(file))
+    ledger.apply(patch_id)
+    half = patched().replace(b"name.strip()", b"name")
+    file.write_bytes(half)
+    with pytest.raises(StaleTextError):
+        ledger.rollback(patch_id)
+    assert (file.read_bytes(), ledger.get(patch_id).state) == (half, State.APPLIED)
+
+
+def test_a_later_patch_that_undoes_an_earlier_one_is_not_taken_for_its_roll_back(ledger: Ledger, file: Path) -> None:
+    first = ledger.propose(proposal(file, BASE, (7, 7, "\t\treturn 1")))
+    ledger.apply(first)
+    second = ledger.propose(proposal(file, file.read_bytes(), (7, 7, "\t\treturn name")))
+    ledger.apply(second)
+    assert file.read_bytes() == BASE
+    with pytest.raises(StaleTextError, match="was edited inside") as caught:
+        ledger.rollback(first)
+    assert (second in caught.value.hint, ledger.get(first).state) == (True, State.APPLIED)
+
+
+@pytest.mark.parametrize("edited", [b"return name.strip(1)", b"return name.strip()\r\n\t\tpass"])
+def test_inserted_lines_that_were_edited_are_not_taken_for_gone(ledger: Ledger, file: Path, edited: bytes) -> None:
+    """Between two lines of before there is something now: the gap is not as it was."""
+    new = "\t\treturn name.strip()\n\t\tpass\n\t\treturn name"
+    patch_id = ledger.propose(proposal(file, BASE, (7, 7, new)))
+    ledger.apply(patch_id)
+    now = file.read_bytes().replace(b"return name.strip()\r\n\t\tpass", edited + b"  # mine")
+    file.write_bytes(now)
+    with pytest.raises(StaleTextError):
+        ledger.rollback(patch_id)
+    assert (file.read_bytes(), ledger.get(patch_id).state) == (now, State.APPLIED)
+
+
 def test_pasted_code_has_no_file_to_write(ledger: Ledger) -> None:
     with pytest.raises(UsageError, match="pasted code"):
         ledger.apply(ledger.propose(proposal(None)))
@@ -359,8 +437,11 @@ def test_pasted_code_has_no_file_to_write(ledger: Ledger) -> None:
 def test_a_missing_file_is_named(ledger: Ledger, file: Path) -> None:
     patch_id = ledger.propose(proposal(file))
     file.unlink()
-    with pytest.raises(PathError, match="greet"):
+    with pytest.raises(PathError, match=f"the file of {patch_id}, does not exist any more") as caught:
         ledger.apply(patch_id)
+    assert caught.value.hint == (
+        f"Put it back; planpatch ledger show {patch_id} --json has its `base` and `patched` text."
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mode bits are POSIX's")
