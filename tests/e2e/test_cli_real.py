@@ -152,6 +152,9 @@ def test_a_function_whose_own_text_parses_is_patched_in_a_file_that_does_not(
     (workspace / "broken.py").write_text(broken, encoding="utf-8", newline="")
     said = planpatch("patch", "broken.py", "-f", "bitcount", "-i", INTENT, "--json", cwd=workspace)
     assert said.code == 0, said.err + said.out
+    assert said.json["warnings"] == [
+        "broken.py does not parse (line 9: invalid syntax); only `bitcount` itself was checked"
+    ]
     mended, below, rest = said.json["patched"].partition("\n\n\ndef broken(:\n")
     assert (count_bits(mended, 127), below + rest) == (7, broken[len(BITCOUNT) - 1 :])
 
