@@ -80,6 +80,18 @@ def test_a_comment_that_moves_above_the_function_or_below_its_last_line_stays() 
     assert told(before, before.replace("    # why\n", "").replace("1\n", "1\n    # why\n"), "f") == []
 
 
+def test_lines_below_the_function_do_not_stand_in_for_those_in_it() -> None:
+    before = "def f():\n    # same\n    return 1\n# same\nimport os\n"
+    after = before.replace("    # same\n", "").replace("import os\n", "import os\nimport re\n")
+    assert told(before, after, "f") == ["the patch removes 1 comment"]
+
+
+def test_what_is_put_in_right_behind_the_last_line_belongs_to_the_function() -> None:
+    source = Source.from_text("def f():\n    # why\n    return 1\n\n\nX = 1\n", "a.py")
+    edits = [Edit("a.py", "delete", 2, 2, "    # why", ""), Edit("a.py", "insert", 4, 3, "", "    # why")]
+    assert notices(source, find_scope(source, "f"), edits) == []
+
+
 def test_a_whole_file_s_docstring_and_those_in_it_are_told_apart() -> None:
     before = '"""Module."""\n\n\ndef f():\n    """Function."""\n'
     assert told(before, before.replace('"""Module."""\n', ""), None) == ["the patch removes the docstring"]
@@ -94,6 +106,10 @@ def test_of_a_property_and_its_setter_only_one_has_lost_its_docstring() -> None:
     )
     after = before.replace("        'Get.'\n", "")
     assert told(before, after, "A") == ["the patch removes the docstring of `A.x`"]
+
+
+def test_rules_and_empty_comments_are_no_loss() -> None:
+    assert removed("# ------\n#\nx = 1\n", "x = 1\n") == ""
 
 
 def test_text_that_does_not_parse_has_lost_nothing() -> None:
