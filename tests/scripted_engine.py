@@ -5,8 +5,9 @@
 
 What it keeps of a real engine: text is cut before a stop string, generation ends at `max_new_tokens`, a prompt that
 does not fit is refused, a cancelled request ends as CANCELLED, each request is streamed once, all from any thread.
-A token is one byte of UTF-8, so a PLAN of 16 tokens has 16 characters of ASCII. Not kept: grammars, penalties,
-sampling and time; a script that breaks a grammar is how tests see what the gates do about it.
+A token is one byte of UTF-8, so a PLAN of 16 tokens has 16 characters of ASCII. Second choices are those of the
+script. Not kept: grammars, penalties, sampling and time; a script that breaks a grammar is how tests see what the gates
+do about it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import ContextLengthError, EngineError, PlanPatchError
 from engine.inference.protocol import (
@@ -25,6 +26,7 @@ from engine.inference.protocol import (
     GenerationRequest,
     Message,
     Token,
+    TokenLogprob,
 )
 
 END_OF_TURN = 256
@@ -48,10 +50,17 @@ class ByteTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer whose end is not the usual one."""
+    """An answer whose end is not the usual one, or that has second choices.
+
+    Args:
+        text: What is written.
+        finish_reason: Why it ends.
+        second_choices: Index of a token, then the byte that could stand there and its log-probability.
+    """
 
     text: str
     finish_reason: FinishReason = FinishReason.STOP
+    second_choices: tuple[tuple[int, str, float], ...] = ()
 
 
 Answer = str | Reply | PlanPatchError
@@ -128,7 +137,14 @@ class ScriptedEngine:
             text, reason = self._tokenizer.decode(token_ids), FinishReason.LENGTH
         if request_id in self._cancelled:
             reason = FinishReason.CANCELLED
-        return Completion(tuple(token_ids), text, reason, len(request.prompt_token_ids), 0, 0.0, 0.0, 0.0)
+        num_prompt = len(request.prompt_token_ids)
+        completion = Completion(tuple(token_ids), text, reason, num_prompt, 0, 0.0, 0.0, 0.5)
+        if not request.params.top_logprobs:
+            return completion
+        tops = [[TokenLogprob(token_id, -0.01)] for token_id in token_ids]
+        for place, byte, logprob in reply.second_choices:
+            tops[place].append(TokenLogprob(ord(byte), logprob))
+        return replace(completion, top_logprobs=tuple(tuple(top) for top in tops))
 
     def cancel(self, request_id: str) -> None:
         with self._lock:

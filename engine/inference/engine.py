@@ -26,6 +26,7 @@ from engine.inference.protocol import (
     GenerationRequest,
     SamplingParams,
     Token,
+    TokenLogprob,
 )
 from engine.inference.text_stop import StopText
 from engine.inference.tokenizer import Detokenizer, HFChatTokenizer
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from engine.inference.batch import DecodeBatch
     from engine.inference.grammar import GrammarCompiler, GrammarMatcher
     from engine.inference.kv_cache import PrefixCache
-    from engine.inference.sampling import Sampler
+    from engine.inference.sampling import Choice, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class _Sequence:
     kv_cache: Cache | None = None
     sampler: Sampler | None = None
     matcher: GrammarMatcher | None = None
+    top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     num_computed: int = 0
     num_cached_tokens: int = 0
     queue_s: float = 0.0
@@ -416,13 +418,13 @@ class InProcessEngine:
             else:
                 self._advance(sequence, choice, elapsed_s)
 
-    def _advance(self, sequence: _Sequence, token_id: int | None, elapsed_s: float) -> None:
+    def _advance(self, sequence: _Sequence, choice: Choice | None, elapsed_s: float) -> None:
         """Take in what one step gave one sequence."""
         if sequence.is_decoding:
             sequence.decode_s += elapsed_s
         else:
             sequence.prefill_s += elapsed_s
-        reason = self._postprocess(sequence, token_id)
+        reason = self._postprocess(sequence, choice)
         if reason is not None:
             self._finish(sequence, reason)
 
@@ -496,7 +498,7 @@ class InProcessEngine:
                 self._batch.take_out(row, sequence.kv_cache)  # type: ignore[arg-type]
         self._batch, self._batch_rows = None, []
 
-    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> int | UsageError | None:
+    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> Choice | UsageError | None:
         """The next token; None while the prompt is not through, or why this sequence alone cannot go on."""
         if logits is None:
             return None
@@ -507,13 +509,16 @@ class InProcessEngine:
             return error
         return sequence.sampler.choose(logits, allowed)
 
-    def _postprocess(self, sequence: _Sequence, token_id: int | None) -> FinishReason | None:
+    def _postprocess(self, sequence: _Sequence, choice: Choice | None) -> FinishReason | None:
         """Take the new token in, send its text out, and say why the generation is over, if it is."""
         params = sequence.request.params
-        if token_id is not None:
+        if choice is not None:
+            token_id = choice.token_id
             if token_id in self._tokenizer.eos_token_ids or token_id in params.stop_token_ids:
                 return FinishReason.STOP
             sequence.token_ids.append(token_id)
+            if params.top_logprobs:
+                sequence.top_logprobs.append(choice.top_logprobs)
             text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
             sequence.events.put(Token((token_id,), text))
             if sequence.matcher is not None:
@@ -549,6 +554,7 @@ class InProcessEngine:
                 prefill_s=sequence.prefill_s,
                 decode_s=sequence.decode_s,
                 adapter=sequence.adapter_digest,
+                top_logprobs=tuple(sequence.top_logprobs),
             )
         )
 
@@ -614,6 +620,7 @@ def _check_params(params: SamplingParams) -> None:
         "min_p": (params.min_p, 0, 1),
         "repetition_penalty": (params.repetition_penalty, 0.001, 1000),
         "seed": (params.seed or 0, -(2**63), 2**63),
+        "top_logprobs": (params.top_logprobs, 0, 1000),
     }
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most:

@@ -57,6 +57,7 @@ class SamplingParams:
         stop: Text is cut before the first of these and generation ends.
         stop_token_ids: End tokens besides the model's own.
         grammar: Constraint on the text.
+        top_logprobs: How many of the likeliest tokens to report at each generated one; 0 for none.
     """
 
     max_new_tokens: int
@@ -70,6 +71,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,14 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log-probability, after repetition penalty and grammar and before temperature."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The end of a generation; always the last event of a stream.
 
@@ -111,6 +121,7 @@ class Completion:
         prefill_s: Seconds of prefill.
         decode_s: Seconds of decode.
         adapter: Digest of the adapter used, `__none__` for the base.
+        top_logprobs: For each of `token_ids` the likeliest tokens there, as many as were asked for, likeliest first.
     """
 
     token_ids: tuple[int, ...]
@@ -122,6 +133,7 @@ class Completion:
     prefill_s: float
     decode_s: float
     adapter: str = "__none__"
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
 Event = Token | Completion

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from engine.inference.protocol import SamplingParams
+from engine.inference.protocol import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The next token, and the likeliest tokens at its place if they were asked for."""
+
+    token_id: int
+    top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Sampler:
@@ -30,7 +40,7 @@ class Sampler:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen[torch.tensor(prompt_token_ids, device=device)] = True
 
-    def choose(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
+    def choose(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> Choice:
         """The next token.
 
         Args:
@@ -38,7 +48,7 @@ class Sampler:
             allowed: The tokens that the grammar allows, bool `[vocab_size]`.
 
         Returns:
-            Its id. It counts as seen from now on.
+            The token. It counts as seen from now on.
         """
         logits = self._penalised(logits.float())
         if allowed is not None:
@@ -46,7 +56,14 @@ class Sampler:
         token_id = int(logits.argmax()) if self._generator is None else self._sample(logits.cpu(), self._generator)
         if self._seen is not None:
             self._seen[token_id] = True
-        return token_id
+        return Choice(token_id, self._top_logprobs(logits))
+
+    def _top_logprobs(self, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        if not self._params.top_logprobs:
+            return ()
+        top = logits.log_softmax(-1).topk(min(self._params.top_logprobs, logits.shape[-1]))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return tuple(TokenLogprob(token_id, logprob) for token_id, logprob in pairs)
 
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Keskar et al. 2019 (CTRL), section 4.1, in transformers' form: seen logits shrink towards minus infinity."""

@@ -1,12 +1,15 @@
 """From source text and an intent to a plan, and from there to a proved patch.
 
-    context ─▶ PLAN ─▶ PATCH ─▶ gates ─▶ (one repair attempt that names the gate) ─▶ ledger: proposed or refused
+    context ─▶ PLAN ─▶ PATCH ─▶ gates ─▶ ledger: proposed or refused
+                                 ├─ nothing changed: on from the second choices (divergence.py)
+                                 └─ refused: one repair attempt that names the gate
 
 Not covered: applying a patch (ledger.py) and everything a surface does.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import uuid
@@ -25,7 +28,9 @@ from engine.inference.protocol import (
     Priority,
     SamplingParams,
 )
+from engine.inference.text_stop import StopText
 from engine.patching.context import Context, build_context
+from engine.patching.divergence import Fork, likeliest_forks
 from engine.patching.edits import Edit, apply_edits, edits_from_json, resolve_anchors, unified_diff
 from engine.patching.formats import FORMATS, Answer, EditFormat, FormatName, strip_thinking
 from engine.patching.gates import GateReport, Verdict, run_gates
@@ -38,6 +43,10 @@ from engine.patching.source import Source
 
 Stage = Literal["plan", "patch", "repair"]
 Listener = Callable[[Stage, str], None]
+
+_SECOND_CHOICE = (
+    "The model's likeliest answer leaves the code as it is; this is the likeliest one that changes it. Look closely."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,7 @@ class PatcherOptions:
         context_tokens: Tokens of surroundings, the function not counted.
         style: A sentence on code style.
         num_repairs: Repair attempts after a gate refused.
+        num_forks: Second choices that are followed when an answer changes nothing.
         priority: Of every request.
         surface: Who asks, for the ledger.
     """
@@ -104,6 +114,7 @@ class PatcherOptions:
     context_tokens: int = 1024
     style: str = ""
     num_repairs: int = 1
+    num_forks: int = 8
     priority: Priority = Priority.INTERACTIVE
     surface: Surface = "cli"
 
@@ -141,6 +152,11 @@ class Timings:
             self.num_cached_tokens + completion.num_cached_tokens,
             self.num_tokens + len(completion.token_ids),
         )
+
+    @property
+    def generation_s(self) -> float:
+        """Seconds of prefill and decode."""
+        return self.prefill_s + self.decode_s
 
     def to_json(self) -> dict[str, float | int]:
         """The timings for programs."""
@@ -215,7 +231,7 @@ class Patch:
         report: Every gate's verdict.
         diff: Unified diff.
         timings: Where the time went.
-        num_attempts: 1, or 2 after a repair.
+        num_attempts: Answers that were judged: 1, or more after a repair or second choices.
         is_known: Whether the ledger had it already.
     """
 
@@ -256,10 +272,12 @@ class Patch:
 class _Attempt:
     """One answer of the model and what the gates said."""
 
-    answer_text: str
-    answer: Answer
+    request: GenerationRequest
+    completion: Completion
+    text: str
     report: GateReport
     imports: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -275,6 +293,7 @@ class _Job:
     started_at: float
     timings: Timings = field(default_factory=Timings)
     gates_seen: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    num_attempts: int = 0
 
 
 class Patcher:
@@ -314,7 +333,7 @@ class Patcher:
         context = self._fitting_context(source, scope)
         messages = plan_messages(Task(context, intent, self.options.style))
         params = self.options.plan.params(self.options.plan.max_new_tokens, stop=("\n\n", "```"))
-        completion = self._generate(messages, "", params, scope, "plan", listener)
+        completion = self._generate(self._request(messages, "", params), scope, "plan", listener)
         _check_ended(completion, "PLAN", is_plan=True)
         truncated = completion.finish_reason is FinishReason.LENGTH
         plan = Plan(
@@ -390,11 +409,11 @@ class Patcher:
         if not fresh and (known := self._known(job)) is not None:
             return known
         try:
-            attempt, num_attempts = self._attempts(job, listener)
+            attempt = self._attempts(job, listener)
         except RefusedError as error:
             self._keep_refusal(job, plan, preset, error)
             raise
-        patch = self._proved(job, attempt, num_attempts)
+        patch = self._proved(job, attempt)
         return replace(patch, id=self._keep(job, plan, preset, patch)) if self.ledger else patch
 
     def _job(
@@ -433,45 +452,100 @@ class Patcher:
             "extra_tokens_class": self.options.extra_tokens_class,
             "style": self.options.style,
             "num_repairs": self.options.num_repairs,
+            "num_forks": self.options.num_forks,
             "quantization": self.engine.status().quantization,
         }
 
     def _format_name(self, scope: Scope) -> FormatName:
         return "rewrite" if self.options.edit_format == "auto" else self.options.edit_format
 
-    def _attempts(self, job: _Job, listener: Listener | None) -> tuple[_Attempt, int]:
-        """Ask, prove, and while repairs are left ask again with the gate's reason."""
+    def _attempts(self, job: _Job, listener: Listener | None) -> _Attempt:
+        """Ask and prove; where nothing changed follow second choices, else ask again with the gate's reason."""
         messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
-        num_attempts = 1
         attempt = self._attempt(job, messages, "patch", listener)
+        num_repairs = 0
         while (refused := attempt.report.refused) is not None:
             job.gates_seen = [verdict.to_json() for verdict in attempt.report.verdicts]
-            if num_attempts > self.options.num_repairs:
+            if refused.gate == "change" and (changing := self._second_choice(job, attempt, listener)) is not None:
+                return changing
+            if num_repairs == self.options.num_repairs:
                 raise _refusal(refused, job.gates_seen)
-            written = job.edit_format.prefill(job.task) + attempt.answer_text + "".join(job.edit_format.stop(job.task))
+            written = job.edit_format.prefill(job.task) + attempt.text + "".join(job.edit_format.stop(job.task))
             wants_json = job.edit_format.name == "json_edits"
             messages = [*messages, *repair_turns(written, refused.gate, refused.reason, wants_json=wants_json)]
             try:
                 attempt = self._attempt(job, messages, "repair", listener)
             except ContextLengthError:  # the function fits; only the question with its answer does not
                 raise _refusal(refused, job.gates_seen) from None
-            num_attempts += 1
-        return attempt, num_attempts
+            num_repairs += 1
+        return attempt
 
     def _attempt(self, job: _Job, messages: Sequence[Message], stage: Stage, listener: Listener | None) -> _Attempt:
-        prefill = job.edit_format.prefill(job.task)
+        grammar = job.edit_format.grammar(job.source, job.scope)
         params = self.options.patch.params(
             self._patch_budget(job),
             stop=job.edit_format.stop(job.task),
-            grammar=job.edit_format.grammar(job.source, job.scope),
+            grammar=grammar,
+            top_logprobs=2 if self.options.num_forks and grammar is None else 0,
         )
-        completion = self._generate(messages, prefill, params, job.scope, stage, listener)
+        request = self._request(messages, job.edit_format.prefill(job.task), params)
+        completion = self._generate(request, job.scope, stage, listener)
         job.timings = job.timings.plus(completion)
         _check_ended(completion, "PATCH", is_plan=False)
-        answer = job.edit_format.read(completion.text, job.source, job.scope)
+        return self._judged(job, request, completion, completion.text)
+
+    def _judged(self, job: _Job, request: GenerationRequest, completion: Completion, text: str) -> _Attempt:
+        job.num_attempts += 1
+        answer = job.edit_format.read(text, job.source, job.scope)
         edits, imports = _with_imports(job.source, job.scope, answer)
         report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
-        return _Attempt(completion.text, answer, report, imports)
+        return _Attempt(request, completion, text, report, imports)
+
+    def _second_choice(self, job: _Job, unchanged: _Attempt, listener: Listener | None) -> _Attempt | None:
+        """On from the likeliest second choices of an answer, until one of them passes the gates; None if none does.
+
+        All of them together stay within the time of one answer.
+        """
+        completion = unchanged.completion
+        if not completion.top_logprobs:
+            return None
+        end_tokens = self.engine.tokenizer.eos_token_ids
+        deadline_s = job.timings.generation_s + (self.options.patch.max_time_s or math.inf)
+        for fork in likeliest_forks(
+            completion.token_ids, completion.top_logprobs, self.options.num_forks, excluded=end_tokens
+        ):
+            if (left_s := deadline_s - job.timings.generation_s) <= 0:
+                return None
+            attempt = self._follow(job, unchanged, fork, left_s, listener)
+            if attempt is not None and attempt.report.refused is None:
+                return replace(attempt, notes=(_SECOND_CHOICE,))
+        return None
+
+    def _follow(
+        self, job: _Job, unchanged: _Attempt, fork: Fork, left_s: float, listener: Listener | None
+    ) -> _Attempt | None:
+        """The answer that goes on from a second choice; None if it does not end within the budget."""
+        head = (*unchanged.completion.token_ids[: fork.position], fork.token_id)
+        params = unchanged.request.params
+        left = params.max_new_tokens - len(head)
+        if left < 1:
+            return None
+        request = replace(
+            unchanged.request,
+            prompt_token_ids=(*unchanged.request.prompt_token_ids, *head),
+            params=replace(
+                params, max_new_tokens=left, max_time_s=None if left_s == math.inf else left_s, top_logprobs=0
+            ),
+        )
+        completion = self._generate(request, job.scope, "repair", listener)
+        job.timings = job.timings.plus(completion)
+        if completion.finish_reason is FinishReason.CANCELLED:
+            _check_ended(completion, "PATCH", is_plan=False)
+        answer = StopText(params.stop)  # a stop string may begin in the head
+        answer.push(self.engine.tokenizer.decode((*head, *completion.token_ids)))
+        if completion.finish_reason is not FinishReason.STOP and not answer.is_stopped:
+            return None
+        return self._judged(job, request, completion, answer.text)
 
     def _patch_budget(self, job: _Job) -> int:
         least = self.options.patch.max_new_tokens
@@ -481,7 +555,7 @@ class Patcher:
         extra = self.options.extra_tokens if job.scope.kind == "function" else self.options.extra_tokens_class
         return max(least, int(self.options.tokens_per_function_token * num_function_tokens) + extra)
 
-    def _proved(self, job: _Job, attempt: _Attempt, num_attempts: int) -> Patch:
+    def _proved(self, job: _Job, attempt: _Attempt) -> Patch:
         report = attempt.report
         assert report.patched is not None
         return Patch(
@@ -494,9 +568,9 @@ class Patcher:
             report=report,
             diff=unified_diff(job.source, report.patched),
             timings=replace(job.timings, total_s=time.monotonic() - job.started_at),
-            num_attempts=num_attempts,
+            num_attempts=job.num_attempts,
             gates=[verdict.to_json() for verdict in report.verdicts],
-            repairs=list(report.repairs),
+            repairs=[*report.repairs, *attempt.notes],
         )
 
     # --- ledger ---------------------------------------------------------------------------------------------------
@@ -591,17 +665,13 @@ class Patcher:
                 return context
             max_chars = max_chars * 3 // 4
 
-    def _generate(
-        self,
-        messages: Sequence[Message],
-        prefill: str,
-        params: SamplingParams,
-        scope: Scope,
-        stage: Stage,
-        listener: Listener | None,
-    ) -> Completion:
+    def _request(self, messages: Sequence[Message], prefill: str, params: SamplingParams) -> GenerationRequest:
         token_ids = tuple(self.engine.tokenizer.encode_chat(messages, prefill=prefill))
-        request = GenerationRequest(token_ids, params, self.options.priority)
+        return GenerationRequest(token_ids, params, self.options.priority)
+
+    def _generate(
+        self, request: GenerationRequest, scope: Scope, stage: Stage, listener: Listener | None
+    ) -> Completion:
         try:
             request_id = self.engine.submit(request)
         except ContextLengthError as error:

@@ -237,6 +237,69 @@ def test_a_repair_that_no_longer_fits_leaves_the_gates_verdict() -> None:
         Desk([BAD, GOOD], context_length=first).patch()
 
 
+# second choices
+
+BYTES = OLD.encode()  # a token is a byte
+MINUS = BYTES.index(b"-=")
+RETURN = BYTES.index(b"return total")
+SUM = "return sum(map(len, names))\n"
+
+
+def hesitating(*second_choices: tuple[int, str, float]) -> Reply:
+    """The function as it is, with places where something else was nearly as likely."""
+    return Reply(OLD, second_choices=second_choices)
+
+
+def test_an_answer_that_changes_nothing_goes_on_from_its_likeliest_second_choice(ledger: Ledger) -> None:
+    desk = Desk([hesitating((RETURN + 7, "s", -4.0), (MINUS, "+", -1.0)), BYTES[MINUS + 1 :].decode()], ledger)
+    patch = desk.patch()
+    assert patch.patched.text == FILE.replace("-=", "+=")
+    assert patch.num_attempts == 2
+    assert "likeliest one that changes it" in patch.repairs[-1]
+    assert desk.engine.prompts[1] == desk.engine.prompts[0] + BYTES[:MINUS].decode() + "+"
+    assert desk.engine.requests[1].params.max_new_tokens == 2000 - MINUS - 1
+    known = desk.patch()
+    assert (known.is_known, known.repairs) == (True, patch.repairs)
+
+
+def test_second_choices_are_followed_until_one_passes_the_gates() -> None:
+    script = [
+        hesitating((MINUS, "+", -1.0), (RETURN + 7, "s", -2.0), (4, " ", -3.0)),
+        " broken (\n",
+        SUM[8:],
+    ]
+    patch = Desk(script).patch()
+    assert patch.patched.text == FILE.replace("return total\n", SUM)
+    assert patch.num_attempts == 3
+
+
+@pytest.mark.parametrize("num_forks", [0, 2])
+def test_without_a_second_choice_that_passes_the_model_is_asked_again(num_forks: int) -> None:
+    forks = [" (\n", BYTES[RETURN + 8 :].decode()][:num_forks]  # does not parse; the same again
+    answer = hesitating((MINUS, "+", -1.0), (RETURN + 7, "t", -2.0), (4, "x", -3.0))
+    desk = Desk([answer, *forks, GOOD], num_forks=num_forks)
+    patch = desk.patch()
+    assert patch.patched.text == FILE.replace("-=", "+=")
+    assert "The code after is the same" in desk.engine.prompts[-1]
+    assert patch.repairs == []
+
+
+def test_second_choices_stay_within_the_time_of_one_answer() -> None:
+    answer = hesitating((MINUS, "+", -1.0), (RETURN + 7, "s", -2.0))
+    desk = Desk([answer, " (\n"], patch=StageOptions(2000, 1.0, max_time_s=0.5), num_repairs=0)
+    with pytest.raises(GateError, match="changes nothing"):
+        desk.patch()
+    assert [request.params.max_time_s for request in desk.engine.requests] == [0.5, 0.5]
+
+
+def test_a_second_choice_that_does_not_end_is_left_and_a_cancel_ends_all() -> None:
+    answer = hesitating((MINUS, "+", -1.0), (RETURN + 7, "s", -2.0))
+    patch = Desk([answer, Reply(BYTES[MINUS + 1 :].decode(), FinishReason.LENGTH), SUM[8:]]).patch()
+    assert patch.patched.text == FILE.replace("return total\n", SUM)
+    with pytest.raises(CancelledError):
+        Desk([answer, Reply("", FinishReason.CANCELLED)]).patch()
+
+
 def test_the_same_request_gets_the_same_proposal_without_the_engine(ledger: Ledger) -> None:
     desk = Desk([GOOD, GOOD.replace("+=", "+= 1 *")], ledger)
     patch, again = desk.patch(), desk.patch()

@@ -34,19 +34,21 @@ def sampler(prompt: tuple[int, ...] = PROMPT, **params: object) -> Sampler:
 
 def draws(logits: torch.Tensor, num: int = 400, **params: object) -> Counter[int]:
     one = sampler(temperature=params.pop("temperature", 1.0), seed=5, **params)  # type: ignore[arg-type]
-    return Counter(one.choose(logits) for _ in range(num))
+    return Counter(one.choose(logits).token_id for _ in range(num))
 
 
 def test_greedy_takes_the_likeliest_whatever_the_other_parameters_say() -> None:
     for seed in range(20):
         logits = logits_of(seed)
         one = sampler(top_k=1000, top_p=0.1, min_p=1.0, seed=3)
-        assert one.choose(logits) == int(logits.argmax())
+        assert one.choose(logits).token_id == int(logits.argmax())
 
 
 def test_top_k_of_one_is_greedy() -> None:
     for seed in range(20):
-        assert sampler(temperature=2.0, top_k=1, seed=seed).choose(logits_of(seed)) == int(logits_of(seed).argmax())
+        assert sampler(temperature=2.0, top_k=1, seed=seed).choose(logits_of(seed)).token_id == int(
+            logits_of(seed).argmax()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,7 +60,7 @@ def test_the_repetition_penalty_is_transformers_and_counts_the_prompt(penalty: f
         logits = logits_of(seed, dtype)
         scores = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits.float()[None])  # type: ignore[arg-type]
         expected = int(scores[0].argmax())
-        assert one.choose(logits) == expected
+        assert one.choose(logits).token_id == expected
         seen.append(expected)
 
 
@@ -100,10 +102,10 @@ def test_equal_logits_all_stay_in_top_k() -> None:
 def test_a_seed_repeats_and_another_one_differs() -> None:
     flat = torch.zeros(VOCAB_SIZE)
     first, again, other = (sampler(temperature=1.0, seed=seed) for seed in (1, 1, 2))
-    runs = [[one.choose(flat) for _ in range(20)] for one in (first, again, other)]
+    runs = [[one.choose(flat).token_id for _ in range(20)] for one in (first, again, other)]
     assert runs[0] == runs[1] != runs[2]
     assert len(set(runs[0])) > 5
-    unseeded = [[sampler(temperature=1.0).choose(flat) for _ in range(8)] for _ in range(2)]
+    unseeded = [[sampler(temperature=1.0).choose(flat).token_id for _ in range(8)] for _ in range(2)]
     assert unseeded[0] != unseeded[1]
 
 
@@ -112,7 +114,7 @@ def test_only_what_a_grammar_allows_is_chosen(temperature: float) -> None:
     allowed = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
     allowed[[5, 9]] = True
     one = sampler(temperature=temperature, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
-    assert {one.choose(logits_of(seed), allowed) for seed in range(40)} == {5, 9}
+    assert {one.choose(logits_of(seed), allowed).token_id for seed in range(40)} == {5, 9}
 
 
 def test_the_logits_are_left_as_they_were() -> None:
@@ -120,3 +122,18 @@ def test_the_logits_are_left_as_they_were() -> None:
     kept = logits.clone()
     sampler(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.3).choose(logits)
     assert logits.equal(kept)
+
+
+def test_the_likeliest_tokens_are_told_with_what_the_choice_was_made_from() -> None:
+    logits = logits_of(3)
+    allowed = torch.zeros(len(logits), dtype=torch.bool)
+    allowed[[2, 5, 9]] = True
+    penalised = torch.where(logits > 0, logits / 1.3, logits * 1.3)[[2, 5, 9]].log_softmax(-1)
+    prompt = tuple(range(len(logits)))
+    params = SamplingParams(1, repetition_penalty=1.3, top_logprobs=2)
+    choice = Sampler(params, prompt, len(logits), torch.device("cpu")).choose(logits, allowed)
+    expected = sorted(zip(penalised.tolist(), (2, 5, 9), strict=True), reverse=True)[:2]
+    assert [top.token_id for top in choice.top_logprobs] == [token_id for _, token_id in expected]
+    assert [top.logprob for top in choice.top_logprobs] == pytest.approx([logprob for logprob, _ in expected])
+    assert choice.token_id == expected[0][1]
+    assert sampler().choose(logits).top_logprobs == ()
