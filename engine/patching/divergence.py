@@ -7,6 +7,7 @@ hesitated most, and on from its second choice, does (figures in DECISIONS.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ def likeliest_forks(
     top_logprobs: Sequence[Sequence[TokenLogprob]],
     limit: int,
     *,
+    min_probability: float = 0.0,
     excluded: Collection[int] = (),
 ) -> list[Fork]:
     """The second choices of an answer, likeliest first.
@@ -41,6 +43,7 @@ def likeliest_forks(
         token_ids: The answer.
         top_logprobs: For each of its tokens the likeliest tokens there.
         limit: At most so many.
+        min_probability: Less likely ones are no choice.
         excluded: Tokens that are no choice, such as end tokens.
 
     Returns:
@@ -51,5 +54,6 @@ def likeliest_forks(
         others = [other for other in likeliest if other.token_id != token_id and other.token_id not in excluded]
         if others:
             second = max(others, key=lambda other: other.logprob)
-            forks.append(Fork(position, second.token_id, second.logprob))
+            if math.exp(second.logprob) >= min_probability:
+                forks.append(Fork(position, second.token_id, second.logprob))
     return sorted(forks, key=lambda fork: -fork.logprob)[:limit]

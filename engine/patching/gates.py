@@ -104,12 +104,14 @@ class GateReport:
         edits: The edits with their places found, once `anchors` passed.
         repairs: What had to be mended to find them, one sentence each.
         patched: The result; None unless every gate passed.
+        changes_program: Whether more than layout, comments and docstrings changed; known once every gate passed.
     """
 
     verdicts: tuple[Verdict, ...]
     edits: tuple[Edit, ...] = ()
     repairs: tuple[str, ...] = ()
     patched: Source | None = None
+    changes_program: bool = False
 
     @property
     def ok(self) -> bool:
@@ -230,7 +232,7 @@ def run_gates(
             verdicts.append(Verdict(name, False, reason))
             return GateReport(tuple(verdicts), tuple(case.edits), tuple(case.repairs))
         verdicts.append(Verdict(name, True))
-    return GateReport(tuple(verdicts), tuple(case.edits), tuple(case.repairs), case.patched)
+    return GateReport(tuple(verdicts), tuple(case.edits), tuple(case.repairs), case.patched, _changes_program(case))
 
 
 def _fresh(case: _Case) -> None:
@@ -516,6 +518,16 @@ def _same_program(one: ast.AST, other: ast.AST, target: DefinitionNode | None = 
         elif left != right:
             return False
     return True
+
+
+def _changes_program(case: _Case) -> bool:
+    """Whether the trees differ in more than docstrings; they are not needed any more and lose theirs."""
+    for tree in case.trees:
+        for node in ast.walk(tree):
+            has_body = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if has_body and ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return not _same_program(*case.trees)
 
 
 def _tree_depth(tree: ast.AST) -> int:

@@ -44,6 +44,7 @@ from engine.patching.source import Source
 Stage = Literal["plan", "patch", "repair"]
 Listener = Callable[[Stage, str], None]
 
+_LEAST_SECOND_CHOICE = 0.02  # a model that is surer than this that nothing should change is believed
 _SECOND_CHOICE = (
     "The model's likeliest answer leaves the code as it is; this is the likeliest one that changes it. Look closely."
 )
@@ -502,24 +503,30 @@ class Patcher:
         return _Attempt(request, completion, text, report, imports)
 
     def _second_choice(self, job: _Job, unchanged: _Attempt, listener: Listener | None) -> _Attempt | None:
-        """On from the likeliest second choices of an answer, until one of them passes the gates; None if none does.
+        """On from the likeliest second choices of an answer, until one gives a patch; None if none does.
 
-        All of them together stay within the time of one answer.
+        One that changes comments alone is taken only if no other is found. All of them together stay within the time
+        of one answer.
         """
-        completion = unchanged.completion
+        completion, found = unchanged.completion, None
         if not completion.top_logprobs:
             return None
-        end_tokens = self.engine.tokenizer.eos_token_ids
         deadline_s = job.timings.generation_s + (self.options.patch.max_time_s or math.inf)
         for fork in likeliest_forks(
-            completion.token_ids, completion.top_logprobs, self.options.num_forks, excluded=end_tokens
+            completion.token_ids,
+            completion.top_logprobs,
+            self.options.num_forks,
+            min_probability=_LEAST_SECOND_CHOICE,
+            excluded=self.engine.tokenizer.eos_token_ids,
         ):
             if (left_s := deadline_s - job.timings.generation_s) <= 0:
-                return None
+                break
             attempt = self._follow(job, unchanged, fork, left_s, listener)
-            if attempt is not None and attempt.report.refused is None:
-                return replace(attempt, notes=(_SECOND_CHOICE,))
-        return None
+            if attempt is not None and attempt.report.ok:
+                found = found or replace(attempt, notes=(_SECOND_CHOICE,))
+                if attempt.report.changes_program:
+                    return replace(attempt, notes=(_SECOND_CHOICE,))
+        return found
 
     def _follow(
         self, job: _Job, unchanged: _Attempt, fork: Fork, left_s: float, listener: Listener | None

@@ -23,6 +23,10 @@ def test_second_choices_come_likeliest_first_one_for_each_token() -> None:
     assert likeliest_forks((), (), 9) == []
 
 
+def test_what_is_too_unlikely_is_no_choice() -> None:
+    assert likeliest_forks(ANSWER, TOP, 9, min_probability=0.1) == [Fork(1, 21, -0.5), Fork(2, 2, -1.7)]
+
+
 def test_an_end_token_is_no_choice() -> None:
     assert likeliest_forks(ANSWER, TOP, 9, excluded={2}) == [Fork(1, 21, -0.5), Fork(0, 20, -2.5)]
 

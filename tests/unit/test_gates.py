@@ -600,3 +600,18 @@ def test_forgotten_imports_are_suggested_but_never_for_a_lost_local_name() -> No
     assert suggest_imports(source, scope, lost) == []
     new = Source.from_text("def f(a):\n    re = math.sqrt(a)\n    return deque([re])\n", "a.py")
     assert suggest_imports(source, scope, new) == ["from collections import deque", "import math"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("        return self.size\n", "        return self.size + 1\n", True),
+        ("        return self.size\n", "        # the size\n        return self.size\n", False),
+        ("        return self.size\n", '        """The size 🙂."""\n        return self.size\n', False),
+        ("        return self.size\n", "        return (self.size)\n", False),
+        ("        return self.size\n", '        "The size."\n        return "The size."\n', True),
+    ],
+)
+def test_a_report_says_whether_more_than_comments_and_docstrings_changed(old: str, new: str, changes: bool) -> None:
+    report = gate(TEXT, "Store.helper", old, new)
+    assert (report.ok, report.changes_program) == (True, changes)

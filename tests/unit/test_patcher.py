@@ -251,7 +251,7 @@ def hesitating(*second_choices: tuple[int, str, float]) -> Reply:
 
 
 def test_an_answer_that_changes_nothing_goes_on_from_its_likeliest_second_choice(ledger: Ledger) -> None:
-    desk = Desk([hesitating((RETURN + 7, "s", -4.0), (MINUS, "+", -1.0)), BYTES[MINUS + 1 :].decode()], ledger)
+    desk = Desk([hesitating((RETURN + 7, "s", -3.0), (MINUS, "+", -1.0)), BYTES[MINUS + 1 :].decode()], ledger)
     patch = desk.patch()
     assert patch.patched.text == FILE.replace("-=", "+=")
     assert patch.num_attempts == 2
@@ -282,6 +282,22 @@ def test_without_a_second_choice_that_passes_the_model_is_asked_again(num_forks:
     assert patch.patched.text == FILE.replace("-=", "+=")
     assert "The code after is the same" in desk.engine.prompts[-1]
     assert patch.repairs == []
+
+
+def test_a_second_choice_that_changes_a_comment_alone_is_the_last_resort() -> None:
+    comment = " the sum\n        return total\n"
+    patch = Desk([hesitating((RETURN, "#", -1.0)), comment]).patch()
+    assert patch.patched.text == FILE.replace("        return total\n", "        # the sum\n        return total\n")
+    both = hesitating((RETURN, "#", -1.0), (MINUS, "+", -2.0))
+    patch = Desk([both, comment, BYTES[MINUS + 1 :].decode()]).patch()
+    assert patch.patched.text == FILE.replace("-=", "+=")
+
+
+def test_a_model_that_is_sure_is_believed() -> None:
+    desk = Desk([hesitating((MINUS, "+", -5.0))], num_repairs=0)
+    with pytest.raises(GateError, match="changes nothing"):
+        desk.patch()
+    assert len(desk.engine.requests) == 1
 
 
 def test_second_choices_stay_within_the_time_of_one_answer() -> None:
