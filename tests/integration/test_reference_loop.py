@@ -106,6 +106,22 @@ def test_a_reused_prefix_gives_the_tokens_of_a_fresh_prefill(fp32: Bench, length
     check_equal(fp32, again, params, branch)
 
 
+def test_the_likeliest_tokens_and_what_follows_a_second_choice_equal_the_reference(
+    fp32: Bench, length: Callable[[int, int], int]
+) -> None:
+    params = SamplingParams(max_new_tokens=length(8, 32), repetition_penalty=1.1, top_logprobs=2)
+    prompt = fp32.prompt(TEXTS[0])
+    completion = fp32.generate(prompt, params)
+    steps = fp32.reference(prompt, params)
+    assert [top[0].token_id for top in completion.top_logprobs] == [step.token_id for step in steps]
+    leads = [first.logprob - second.logprob for first, second in completion.top_logprobs]
+    assert leads == pytest.approx([step.gap for step in steps], abs=1e-3)
+    head = (*prompt, *completion.token_ids[:5], completion.top_logprobs[5][1].token_id)
+    onward = fp32.generate(head, params)
+    assert onward.num_cached_tokens >= len(prompt) + 5
+    check_equal(fp32, head, params, onward)
+
+
 def test_a_grammar_gives_the_reference_tokens_and_valid_json(fp32: Bench) -> None:
     schema = {
         "type": "array",
