@@ -1,9 +1,11 @@
 """The bars of edit quality on a file of edit tasks whose tests are run: `bench cases`, then the tasks' own checker.
 
 The tasks are no part of the repository. PLANPATCH_BENCH names the folder with `dev.jsonl` and `check.py`, and
-PLANPATCH_BENCH_PYTHON a Python that has the packages their tests import (default: this one). With a CUDA GPU every
-format is run with and without a plan, and the 1.5B too; on a CPU the 0.5B, without plans. PLANPATCH_BENCH_MODEL_15B
-and PLANPATCH_BENCH_MODEL_05B may name model folders; else the models are those of the tests' home.
+PLANPATCH_BENCH_PYTHON a Python that has the packages their tests import (default: this one).
+
+A CPU runs the 0.5B, without plans. What takes a GPU is run there with `bench cases --batch 54 --quantization bf16`, and
+PLANPATCH_BENCH_RESULTS names a folder with its results, `15-rewrite-no-plan.jsonl`, the details beside it, and
+`machine.txt`, which says what they were made with; these are judged here.
 """
 
 from __future__ import annotations
@@ -19,26 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lsp_server.cli import main
 
+RecordFigure = Callable[[str, float | int | str, str], None]
+
 pytestmark = pytest.mark.long
 
-_ON_GPU = torch.cuda.is_available()
-_DEVICE = ["--device", "cuda", "--batch", "54"] if _ON_GPU else ["--device", "cpu", "--batch", "16"]
 _MODELS = {"1.5B": "qwen2.5-coder-1.5b-instruct", "0.5B": "qwen2.5-coder-0.5b-instruct"}
-_RUNS = [
-    (model, edit_format, plan)
-    for model in _MODELS
-    for edit_format in ("rewrite", "json_edits")
-    for plan in ("--no-plan", "--plan")
-    if _ON_GPU or (model == "0.5B" and plan == "--no-plan")
-]
+_FORMATS = ("rewrite", "json_edits")
+_ON_CPU = ["--device", "cpu", "--quantization", "bf16"]
 # Shares of the tasks with a function, and of those with class or file scope: twice what naive prompting passes.
 _BARS = {
-    ("1.5B", "rewrite", "--no-plan"): (0.31, 0.11),
-    ("0.5B", "rewrite", "--no-plan"): (0.14, 0.0),
+    ("1.5B", "rewrite", "no-plan"): (0.31, 0.11),
+    ("0.5B", "rewrite", "no-plan"): (0.14, 0.0),
 }
 
 
@@ -61,18 +57,15 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
-def run_bench(cases: Path, out: Path, model: str, *options: str) -> tuple[dict[str, dict[str, Any]], Path]:
-    """`planpatch bench cases`: the results by id, and the file of details."""
-    name = os.environ.get(f"PLANPATCH_BENCH_MODEL_{model.replace('.', '')}", _MODELS[model])
+def run_bench(cases: Path, out: Path, *options: str) -> None:
+    """`planpatch bench cases` with the 0.5B on this CPU."""
     details = out.with_suffix(".details.jsonl")
-    arguments = ["bench", "cases", str(cases), "--out", str(out), "--details", str(details), "--model", name]
-    assert main([*arguments, "--quantization", "bf16", *options]) == 0
-    return read_lines(out), details
+    arguments = ["bench", "cases", str(cases), "--out", str(out), "--details", str(details), *options]
+    assert main([*arguments, "--model", _MODELS["0.5B"], *_ON_CPU]) == 0
 
 
-def score(bench: Path, out: Path) -> dict[str, dict[str, Any]]:
+def score(bench: Path, out: Path, scored: Path) -> dict[str, dict[str, Any]]:
     """What the tasks' checker says of each result, by id."""
-    scored = out.with_suffix(".scored.jsonl")
     python = os.environ.get("PLANPATCH_BENCH_PYTHON", sys.executable)
     command = [sys.executable, str(bench / "check.py"), str(out), "--tasks", str(bench / "dev.jsonl")]
     done = subprocess.run([*command, "--python", python, "--details", str(scored)], check=False)
@@ -81,41 +74,69 @@ def score(bench: Path, out: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(("model", "edit_format", "plan"), _RUNS)
-def test_edit_quality(
+@pytest.mark.parametrize("edit_format", _FORMATS)
+def test_edit_quality_of_the_05b_here(
+    edit_format: str, bench: Path, tasks: dict[str, dict[str, Any]], tmp_path: Path, record_figure: RecordFigure
+) -> None:
+    out = tmp_path / "results.jsonl"
+    run_bench(bench / "dev.jsonl", out, "--batch", "16", "--no-plan", "--format", edit_format)
+    judge(("0.5B", edit_format, "no-plan"), "CPU, bf16, 16 at once", out, bench, tasks, tmp_path, record_figure)
+
+
+@pytest.mark.parametrize("plan", ["no-plan", "plan"])
+@pytest.mark.parametrize("edit_format", _FORMATS)
+@pytest.mark.parametrize("model", _MODELS)
+def test_edit_quality_of_results_made_on_a_gpu(
     model: str,
     edit_format: str,
     plan: str,
     bench: Path,
     tasks: dict[str, dict[str, Any]],
     tmp_path: Path,
-    record_figure: Callable[[str, float | int | str, str], None],
+    record_figure: RecordFigure,
+) -> None:
+    folder = os.environ.get("PLANPATCH_BENCH_RESULTS")
+    if not folder:
+        pytest.skip("PLANPATCH_BENCH_RESULTS names no folder with results")
+    out = Path(folder).resolve() / f"{model[0]}{model[2]}-{edit_format}-{plan}.jsonl"
+    machine = (out.parent / "machine.txt").read_text(encoding="utf-8").strip()
+    judge((model, edit_format, plan), machine, out, bench, tasks, tmp_path, record_figure)
+
+
+def judge(
+    run: tuple[str, str, str],
+    machine: str,
+    out: Path,
+    bench: Path,
+    tasks: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    record_figure: RecordFigure,
 ) -> None:
     """What is offered parses, stays in its scope and changes something; JSON parses; the bars are reached."""
-    out = tmp_path / "results.jsonl"
-    results, details_file = run_bench(bench / "dev.jsonl", out, model, "--format", edit_format, plan, *_DEVICE)
-    details = read_lines(details_file)
+    results, details = read_lines(out), read_lines(out.with_suffix(".details.jsonl"))
     assert set(results) == set(tasks)
-    scored = score(bench, out)
-    counts = Counter(line["reason"].partition(": ")[0] for line in results.values() if not line["ok"])
+    scored = score(bench, out, tmp_path / "scored.jsonl")
     passed = {name for name, row in scored.items() if row["outcome"] == "pass"}
     with_function = {name for name, row in tasks.items() if row["function"]}
     others = set(tasks) - with_function
-    device = torch.cuda.get_device_name() if _ON_GPU else "CPU"
-    title = f"{model} {edit_format} {plan.removeprefix('--')}, bf16, {device}"
-    record_figure(f"{title}: passed, function", len(passed & with_function), f"of {len(with_function)}")
-    record_figure(f"{title}: passed, class or file", len(passed & others), f"of {len(others)}")
+    reasons = Counter(line["reason"].partition(": ")[0] for line in results.values() if not line["ok"])
+    num_bad_json = sum(row["num_bad_json"] for row in details.values())
+    outside = [name for name, row in scored.items() if row["outside"] not in (None, "no")]
+    title = f"{' '.join(run)}, {machine}"
+    record_figure(f"{title}: passed, with a function", len(passed & with_function), f"of {len(with_function)}")
+    record_figure(f"{title}: passed, class or file scope", len(passed & others), f"of {len(others)}")
     record_figure(f"{title}: offered", sum(line["ok"] for line in results.values()), f"of {len(tasks)}")
-    record_figure(f"{title}: not offered", ", ".join(f"{reason} {n}" for reason, n in counts.most_common()), "")
-    record_figure(f"{title}: JSON failures", sum(row["num_bad_json"] for row in details.values()), "")
+    record_figure(f"{title}: not offered", ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()), "")
+    record_figure(f"{title}: JSON that does not parse or fit", num_bad_json, "")
+    record_figure(f"{title}: changed outside the function", len(outside), "all by declared imports")
     record_figure(f"{title}: passed ids", " ".join(sorted(passed)), "")
-    assert sum(row["num_bad_json"] for row in details.values()) == 0
+    assert num_bad_json == 0
+    assert [name for name in outside if not details[name]["imports"]] == []
     for name, line in results.items():
         if line["ok"]:
-            assert ast.parse(line["edited"]) is not None and line["edited"] != tasks[name]["before"]
-            changed_outside = scored[name]["outside"] not in (None, "no")
-            assert not changed_outside or details[name]["imports"], f"{name}: changed outside its function"
-    function_bar, other_bar = _BARS.get((model, edit_format, plan), (0.0, 0.0))
+            assert ast.parse(line["edited"]) is not None
+            assert line["edited"] != tasks[name]["before"]
+    function_bar, other_bar = _BARS.get(run, (0.0, 0.0))
     assert len(passed & with_function) >= function_bar * len(with_function)
     assert len(passed & others) >= other_bar * len(others)
 
@@ -123,11 +144,11 @@ def test_edit_quality(
 @pytest.mark.usefixtures("home")
 def test_a_planted_solution_changes_no_output(bench: Path, tasks: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     chosen = list(tasks.values())[::14]
-    one_by_one = ["--batch", "1", "--no-plan"]
     outputs: list[dict[str, Any]] = []
     for number, planted in enumerate(({}, {"after": "PLANTED = 1\n", "tests": "PLANTED", "failing_test": "PLANTED"})):
-        cases = tmp_path / f"cases{number}.jsonl"
+        cases, out = tmp_path / f"cases{number}.jsonl", tmp_path / f"out{number}.jsonl"
         cases.write_text("".join(json.dumps({**row, **planted}) + "\n" for row in chosen), encoding="utf-8")
-        results, _ = run_bench(cases, tmp_path / f"out{number}.jsonl", "0.5B", *one_by_one, *_DEVICE[:2])
-        outputs.append({name: (line["edited"], line["reason"], line["tokens"]) for name, line in results.items()})
+        run_bench(cases, out, "--batch", "1", "--no-plan")
+        lines = read_lines(out).items()
+        outputs.append({name: (line["edited"], line["reason"], line["tokens"]) for name, line in lines})
     assert outputs[0] == outputs[1]
