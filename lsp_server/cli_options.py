@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from engine.errors import PathError, SettingError, UnknownScopeError, UsageError
 from engine.inference.adapters import BASE
+from engine.inference.catalogue import looks_like_path
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -58,7 +59,11 @@ def open_session(options: Mapping[str, object], file: Path | None, as_json: bool
         WriteError: The home cannot be made.
         SettingError: An option has a value that cannot be used.
     """
-    options = {**options, "adapter": _adapter_from_here(options.get("adapter"))}
+    options = {
+        **options,
+        "adapter": _adapter_from_here(options.get("adapter")),
+        "model": _model_from_here(options.get("model")),
+    }
     session = Session.open(os.environ, options, _workspace_of(file))
     for problem in session.problems:
         if problem.source.startswith("command line:"):
@@ -76,6 +81,13 @@ def _adapter_from_here(option: object) -> object:
         return option
     is_here = option.startswith(".") or os.path.isdir(option)
     return str(Path(option).absolute()) if is_here else option
+
+
+def _model_from_here(option: object) -> object:
+    """An option's relative path starts at the current folder, a setting's under PLANPATCH_HOME."""
+    if not isinstance(option, str) or not looks_like_path(option) or option.startswith("~"):
+        return option
+    return str(Path(option).absolute())
 
 
 def _workspace_of(file: Path | None) -> Path | None:

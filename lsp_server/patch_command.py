@@ -186,7 +186,7 @@ def _say_what_next(patch: Patch, request: PatchRequest, *, written: bool) -> Non
     passed = f"{len(patch.gates)} gates passed"
     console.say(f"\n{patch.id} · {passed} · {made}")
     for repair in patch.repairs:
-        console.err.print(f"mended: {repair}", markup=False)
+        console.err.print(f"note: {repair}", markup=False)
     if written:
         console.say(f"written to {escape(str(request.file))}; planpatch ledger rollback {patch.id} takes it back")
     else:

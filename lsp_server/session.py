@@ -79,13 +79,13 @@ class Session:
         return ledger
 
     def model_ref(self) -> ModelRef:
-        """The model that the settings name; `auto` looks at this machine.
+        """The model that the settings name; `auto` looks at this machine, a relative path stands under the home.
 
         Raises:
             ModelError: There is no such model.
         """
         name = self.settings.model
-        return resolve(name, self._device_facts() if name == "auto" else None)
+        return resolve(name, self._device_facts() if name == "auto" else None, folder=self.paths.home)
 
     def _device_facts(self) -> DeviceFacts:
         return device_facts()

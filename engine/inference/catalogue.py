@@ -153,13 +153,14 @@ def catalogue() -> Mapping[str, CatalogueEntry]:
     return {entry.name: entry for entry in map(_entry, facts["models"])}
 
 
-def resolve(name: str, device: DeviceFacts | None = None) -> ModelRef:
+def resolve(name: str, device: DeviceFacts | None = None, *, folder: Path | None = None) -> ModelRef:
     """Find out which model a name means. Nothing is loaded or fetched.
 
     Args:
         name: A catalogue name or its hub id (case does not matter), another `organisation/name` on the hub, a folder
             or a `.gguf` file (a path; a relative one starts with `.`), or `auto`.
         device: The machine, for `auto`; measured when left out.
+        folder: Where a relative path starts; the current folder when left out.
 
     Returns:
         The model; whether its files are there is for the store to say.
@@ -173,8 +174,8 @@ def resolve(name: str, device: DeviceFacts | None = None) -> ModelRef:
     for entry in catalogue().values():
         if name.lower() in (entry.name, entry.hub_id.lower()):
             return _catalogue_ref(entry)
-    if _looks_like_path(name):
-        return _path_ref(Path(os.path.expanduser(name)).absolute())
+    if looks_like_path(name):
+        return _path_ref((folder or Path()).absolute() / os.path.expanduser(name))
     if _HUB_ID.fullmatch(name):
         return ModelRef("hub", name.replace("/", "--"), hub_id=name)
     raise unknown_model(name)
@@ -256,8 +257,15 @@ def _catalogue_ref(entry: CatalogueEntry) -> ModelRef:
     return ModelRef("catalogue", entry.name, hub_id=entry.hub_id, revision=entry.revision, entry=entry)
 
 
-def _looks_like_path(name: str) -> bool:
-    """A bare `a/b` is a hub id, so that a folder in a workspace cannot stand in for a hub model."""
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name is a path; a bare `a/b` is a hub id, so that no folder can stand in for a hub model.
+
+    Args:
+        name: As the user wrote it.
+
+    Returns:
+        True for what begins with a dot, `~` or a slash, has a backslash or a drive letter, or ends in `.gguf`.
+    """
     return (
         name.startswith((".", "~", "/", "\\"))
         or "\\" in name

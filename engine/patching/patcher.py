@@ -46,7 +46,7 @@ Listener = Callable[[Stage, str], None]
 
 _LEAST_SECOND_CHOICE = 0.02  # a model that is surer than this that nothing should change is believed
 _SECOND_CHOICE = (
-    "The model's likeliest answer leaves the code as it is; this is the likeliest one that changes it. Look closely."
+    "The model's likeliest answer left the code as it is; this one goes on from a second choice. Look at it closely."
 )
 
 

@@ -262,6 +262,17 @@ def test_a_setting_s_adapter_stands_under_the_home(planpatch: Desk, monkeypatch:
         assert open_session({}, None, False).adapter() == planpatch.home / "mine"
 
 
+def test_a_model_s_path_starts_where_it_was_named(planpatch: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting's `./mine` was looked for in the current folder, where a workspace could put weights of its own."""
+    here, there = planpatch.folder / "mine 🐍", planpatch.home / "mine 🐍"
+    for folder in (here, there):
+        folder.mkdir(parents=True)
+    assert open_session({"model": "./mine 🐍"}, None, False).model_ref().path == here
+    assert open_session({"model": str(here)}, None, False).model_ref().path == here
+    monkeypatch.setenv("PLANPATCH_MODEL", "./mine 🐍")
+    assert open_session({}, None, False).model_ref().path == there
+
+
 # --- the ledger ------------------------------------------------------------------------------------------------------
 
 

@@ -255,7 +255,7 @@ def test_an_answer_that_changes_nothing_goes_on_from_its_likeliest_second_choice
     patch = desk.patch()
     assert patch.patched.text == FILE.replace("-=", "+=")
     assert patch.num_attempts == 2
-    assert "likeliest one that changes it" in patch.repairs[-1]
+    assert "goes on from a second choice" in patch.repairs[-1]
     assert desk.engine.prompts[1] == desk.engine.prompts[0] + BYTES[:MINUS].decode() + "+"
     assert desk.engine.requests[1].params.max_new_tokens == 2000 - MINUS - 1
     known = desk.patch()
