@@ -112,7 +112,8 @@ class Rewrite:
         """
         answer = Source(source.path, *split_lines(strip_thinking(text).strip("\r\n")))
         if scope.kind == "module":
-            return Answer(diff_edits(source, _with_forgotten_imports(answer, source).lines, scope))
+            lines = _with_forgotten_imports(answer, source).lines
+            return Answer(diff_edits(source, _with_blank_ends(lines, source.lines), scope))
         lines = _reindented(_cut_out(answer, scope, source), scope, source)
         return Answer(diff_edits(source, lines, scope), _new_imports(answer, lines, scope, source))
 
@@ -254,6 +255,19 @@ def _with_forgotten_imports(answer: Source, source: Source) -> Source:
         return answer
     edit = import_edit(answer, list(missing_stdlib_imports(names, answer.plain_text()).values()))
     return apply_edits(answer, [edit]) if edit else answer
+
+
+def _with_blank_ends(lines: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A file's lines between the blank lines that it began and ended with: models leave them out and make up others."""
+    first, end = _ends(lines)
+    own_first, own_end = _ends(own)
+    return [*own[:own_first], *lines[first:end], *(own[own_end:] if own_end else ())]
+
+
+def _ends(lines: Sequence[str]) -> tuple[int, int]:
+    """Index of the first line that is not blank, and the one after the last; two zeros if all are."""
+    used = [index for index, line in enumerate(lines) if line.strip()]
+    return (used[0], used[-1] + 1) if used else (0, 0)
 
 
 def _cut_out(answer: Source, scope: Scope, source: Source) -> tuple[str, ...]:

@@ -119,6 +119,18 @@ def test_an_answer_in_any_shape_gives_the_one_line_that_changed(shape: str, tabs
     assert result == text.replace("total = 0", "total = 1").replace("\n", newline)
 
 
+@pytest.mark.parametrize("ends", [("\n\n", "\n\n\n"), ("\f\n", "\n \n"), ("", ""), ("\n", "no newline")])
+@pytest.mark.parametrize("answer_ends", [("", ""), ("\n", "\n\n\n"), ("\f\n", "")])
+def test_a_whole_file_keeps_its_blank_beginning_and_end(ends: tuple[str, str], answer_ends: tuple[str, str]) -> None:
+    body = '"""Bits 🙂."""\n\n\ndef f():\n    return 0\n'
+    after = ends[1] if ends[1] != "no newline" else ""
+    text = ends[0] + body + after if ends[1] != "no newline" else ends[0] + body.rstrip("\n")
+    answer = answer_ends[0] + body.replace("0", "1") + answer_ends[1]
+    hunks, _, result = rewrite(text, "<module>", answer)
+    assert hunks == ["-    return 0", "+    return 1"]
+    assert result == text.replace("return 0", "return 1")
+
+
 def test_a_file_of_tabs_answered_with_spaces_keeps_its_tabs() -> None:
     text = "class A:\n\tdef f(self, x):\n\t\tif x:\n\t\t\treturn [\n\t\t\t\tx,\n\t\t\t]\n\t\treturn 0\n"
     answer = "def f(self, x):\n    if x:\n        return [\n            x,\n        ]\n    return 1\n"
