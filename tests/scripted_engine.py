@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from engine.errors import ContextLengthError, EngineError, PlanPatchError
+from engine.errors import EngineError, PlanPatchError
 from engine.inference.protocol import (
     Completion,
     EngineStatus,
@@ -27,6 +27,7 @@ from engine.inference.protocol import (
     Message,
     Token,
     TokenLogprob,
+    check_length,
 )
 
 END_OF_TURN = 256
@@ -97,12 +98,7 @@ class ScriptedEngine:
 
     def submit(self, request: GenerationRequest) -> str:
         self._check_open()
-        num_prompt, num_new = len(request.prompt_token_ids), request.params.max_new_tokens
-        if num_prompt + num_new > self._context_length:
-            raise ContextLengthError(
-                f"The prompt ({num_prompt} tokens) and the expected output ({num_new}) exceed the model's context "
-                f"of {self._context_length} tokens"
-            )
+        check_length(len(request.prompt_token_ids), request.params.max_new_tokens, self._context_length)
         with self._lock:
             number = next(self._numbers)
             self.requests.append(request)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ContextLengthError, EngineError, PlanPatchError, UsageError
+from engine.errors import EngineError, PlanPatchError, UsageError
 from engine.inference.adapters import BASE, AdapterFiles, AdapterSwitch, read_adapter
 from engine.inference.loading import LoadedModel, context_length_of
 from engine.inference.protocol import (
@@ -27,6 +27,7 @@ from engine.inference.protocol import (
     SamplingParams,
     Token,
     TokenLogprob,
+    check_length,
 )
 from engine.inference.text_stop import StopText
 from engine.inference.tokenizer import Detokenizer, HFChatTokenizer
@@ -300,15 +301,7 @@ class InProcessEngine:
         num_prompt, num_new = len(request.prompt_token_ids), request.params.max_new_tokens
         if num_prompt == 0 or num_new < 1:
             raise EngineError("A request needs a prompt and at least one new token")
-        if num_prompt + num_new > self._context_length:
-            raise ContextLengthError(
-                f"The prompt ({num_prompt} tokens) and the expected output ({num_new}) exceed the model's context "
-                f"of {self._context_length} tokens",
-                hint="Select a smaller function, or a model with a longer context.",
-                num_prompt_tokens=num_prompt,
-                max_new_tokens=num_new,
-                context_length=self._context_length,
-            )
+        check_length(num_prompt, num_new, self._context_length)
 
     def _adapter_of(self, request: GenerationRequest) -> AdapterFiles | None:
         if request.adapter is None:

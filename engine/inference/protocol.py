@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal, Protocol
 
+from engine.errors import ContextLengthError
+
 
 class Priority(IntEnum):
     """Who goes first; an interactive request also pauses a background one that is running."""
@@ -251,6 +253,28 @@ class StreamResult:
     text: str = ""
     completion: Completion | None = None
     token_ids: list[int] = field(default_factory=list)
+
+
+def check_length(num_prompt_tokens: int, max_new_tokens: int, context_length: int) -> None:
+    """Refuse a request that no step could bring to its end.
+
+    Args:
+        num_prompt_tokens: Length of the prompt.
+        max_new_tokens: The expected output.
+        context_length: Most tokens of both together.
+
+    Raises:
+        ContextLengthError: They do not fit; the message has all three numbers.
+    """
+    if num_prompt_tokens + max_new_tokens > context_length:
+        raise ContextLengthError(
+            f"The prompt ({num_prompt_tokens} tokens) and the expected output ({max_new_tokens}) exceed the model's "
+            f"context of {context_length} tokens",
+            hint="Select a smaller function, or a model with a longer context.",
+            num_prompt_tokens=num_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            context_length=context_length,
+        )
 
 
 def complete(engine: Engine, request: GenerationRequest) -> Completion:

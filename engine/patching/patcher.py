@@ -13,7 +13,8 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from engine.inference.protocol import (
     Message,
     Priority,
     SamplingParams,
+    check_length,
 )
 from engine.inference.text_stop import StopText
 from engine.patching.context import Context, build_context
@@ -331,8 +333,10 @@ class Patcher:
             CancelledError: The request was cancelled.
         """
         started_at = time.monotonic()
-        context = self._fitting_context(source, scope)
-        messages = plan_messages(Task(context, intent, self.options.style))
+        job = self._job(source, scope, intent, None, None, "")
+        self._check_patch_fits(job)
+        context = job.task.context
+        messages = plan_messages(job.task)
         params = self.options.plan.params(self.options.plan.max_new_tokens, stop=("\n\n", "```"))
         completion = self._generate(self._request(messages, "", params), scope, "plan", listener)
         _check_ended(completion, "PLAN", is_plan=True)
@@ -554,6 +558,13 @@ class Patcher:
             return None
         return self._judged(job, request, completion, answer.text)
 
+    def _check_patch_fits(self, job: _Job) -> None:
+        """Refuse a function that PATCH could not write, before PLAN has read it for minutes."""
+        messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
+        num_tokens = len(self.engine.tokenizer.encode_chat(messages, prefill=job.edit_format.prefill(job.task)))
+        with _named(job.scope):
+            check_length(num_tokens, self._patch_budget(job), self.engine.status().context_length)
+
     def _patch_budget(self, job: _Job) -> int:
         least = self.options.patch.max_new_tokens
         if job.edit_format.name == "json_edits":
@@ -679,19 +690,24 @@ class Patcher:
     def _generate(
         self, request: GenerationRequest, scope: Scope, stage: Stage, listener: Listener | None
     ) -> Completion:
-        try:
+        with _named(scope):
             request_id = self.engine.submit(request)
-        except ContextLengthError as error:
-            where = "the file" if scope.kind == "module" else f"{scope.kind} {scope.qualname}"
-            raise ContextLengthError(
-                f"{where} does not fit: {error.message}", hint=error.hint, **error.details
-            ) from None
         for event in self.engine.stream(request_id):
             if isinstance(event, Completion):
                 return event
             if event.text and listener is not None:
                 listener(stage, event.text)
         raise AssertionError("a stream ends with a Completion")
+
+
+@contextmanager
+def _named(scope: Scope) -> Generator[None]:
+    """A request that does not fit names the function."""
+    try:
+        yield
+    except ContextLengthError as error:
+        where = "the file" if scope.kind == "module" else f"{scope.kind} {scope.qualname}"
+        raise ContextLengthError(f"{where} does not fit: {error.message}", hint=error.hint, **error.details) from None
 
 
 def _refusal(refused: Verdict, gates: list[dict[str, Any]]) -> GateError:

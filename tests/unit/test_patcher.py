@@ -379,6 +379,13 @@ def test_a_function_that_does_not_fit_is_named_with_both_numbers(ledger: Ledger)
         desk.patch(name="<module>")
 
 
+def test_no_plan_is_made_for_a_function_that_no_patch_could_be_written_for() -> None:
+    desk = Desk(["a plan"], context_length=2100)
+    with pytest.raises(ContextLengthError, match=r"function Store.size does not fit: .*\(2000\).* 2100"):
+        desk.plan()
+    assert desk.engine.requests == []
+
+
 def test_a_cancel_leaves_nothing_in_the_ledger(ledger: Ledger) -> None:
     desk = Desk([Reply(GOOD, FinishReason.CANCELLED), Reply("x", FinishReason.CANCELLED)], ledger)
     for work in (desk.patch, desk.plan):
