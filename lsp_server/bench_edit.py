@@ -212,6 +212,7 @@ class Outcome:
             "plan_truncated": self.plan.truncated if self.plan else None,
             "gates": list(self.patch.gates if self.patch else gates),
             "repairs": list(self.patch.repairs) if self.patch else [],
+            "second_choice": self.patch.is_second_choice if self.patch else False,
             "edits": [edit.to_json() for edit in self.patch.edits] if self.patch else [],
             "imports": list(self.patch.imports) if self.patch else [],
             "num_attempts": len(self.answers),

@@ -176,6 +176,9 @@ def _intent(session: Any, intent: str | None, preset: str | None) -> str:
         return known[preset].intent
     if not intent or not intent.strip():
         raise UsageError("--intent is missing", hint='Say what to change, such as --intent "return 0 for n < 0".')
+    from engine.patching.patcher import check_intent
+
+    check_intent(intent)
     return intent
 
 
@@ -224,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _interrupted(as_json)
         sys.stdout.flush()  # here, where what goes wrong is told
         code = code if isinstance(code, int) else 0
-        return 2 if code == 1 else code  # the option parser's own: a shell that it has no completion for
+        is_completion = any("-completion" in argument for argument in arguments)
+        return 2 if code == 1 and is_completion else code  # a shell that the option parser has no completion for
     except PlanPatchError as error:
         return _report(error, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from rich.markup import escape
 
 from engine.errors import GateError, UsageError, WriteError
@@ -61,7 +62,7 @@ class PatchRequest:
 
 
 def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None:
-    """Make the patch, print it, and write it if asked.
+    """Make the patch, print it, and write it if asked; a second choice of the model is never written unseen.
 
     Args:
         session: Settings, model and ledger.
@@ -73,6 +74,7 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
         UsageError: The options do not fit together.
         StaleTextError: The file changed while the model wrote.
         WriteError: The file cannot be written; the ledger keeps the patch.
+        Exit: Code 1: it was not written though it was asked for.
     """
     if sum(map(bool, (request.plan_id, request.plan_text, request.plan_first))) > 1:
         raise UsageError("--plan-id, --plan and --plan-first exclude each other")
@@ -84,15 +86,18 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
             patcher = session.patcher(engine, ledger, "cli")
             patch = _make(patcher, request, source, scope, intent, plan, as_json=as_json)
         edits = patch.edits if request.hunks is None else _chosen_edits(patch, request.hunks)
-        applied = _apply(ledger, patch, request.hunks) if request.write else None
+        may_write = request.write and not patch.is_second_choice
+        applied = _apply(ledger, patch, request.hunks) if may_write else None
     warnings = notices(patch.source, patch.scope, edits) + (applied.warnings if applied else [])
     if as_json:
         console.print_json({**patch.to_json(), "written": applied is not None, "warnings": warnings})
-        return
-    console.print_diff(patch.diff)
-    for warning in warnings:
-        console.warn(warning)
-    _say_what_next(patch, request, written=applied is not None)
+    else:
+        console.print_diff(patch.diff)
+        for warning in warnings:
+            console.warn(warning)
+        _say_what_next(patch, request, written=applied is not None)
+    if request.write and applied is None:
+        raise typer.Exit(1)
 
 
 def _target(session: Session, ledger: Ledger, request: PatchRequest) -> tuple[Source, Scope, str, Plan | None]:
@@ -186,8 +191,10 @@ def _say_what_next(patch: Patch, request: PatchRequest, *, written: bool) -> Non
     passed = f"{len(patch.gates)} gates passed"
     console.say(f"\n{patch.id} · {passed} · {made}")
     for repair in patch.repairs:
-        console.err.print(f"note: {repair}", markup=False)
-    if written:
+        console.warn(repair) if patch.is_second_choice else console.err.print(f"note: {repair}", markup=False)
+    if request.write and not written:
+        console.say(f"not written, for you to look at first; planpatch ledger apply {patch.id} writes it")
+    elif written:
         console.say(f"written to {escape(str(request.file))}; planpatch ledger rollback {patch.id} takes it back")
     else:
         console.say(f"nothing was written; planpatch ledger apply {patch.id} writes it")

@@ -32,8 +32,53 @@ def notices(source: Source, scope: Scope, edits: Sequence[Edit]) -> list[str]:
     """
     before, after = source.lines[scope.start_line - 1 : scope.end_line], _lines_after(source, scope, edits)
     own = "" if scope.kind == "module" else scope.name
-    lost = removed(standalone_text(before, scope.indent), standalone_text(after, scope.indent), own)
-    return [*_fault_elsewhere(source, scope), *([f"the patch removes {lost}"] if lost else [])]
+    texts = standalone_text(before, scope.indent), standalone_text(after, scope.indent)
+    lost = removed(*texts, own)
+    return [
+        *_fault_elsewhere(source, scope),
+        *([f"the patch removes {lost}"] if lost else []),
+        *(f"after the patch `{name}` never returns a value, and it did before" for name in no_longer_returning(*texts)),
+    ]
+
+
+def no_longer_returning(old: str, new: str) -> list[str]:
+    """Functions that returned or yielded a value and never do any more; those that are gone do not count.
+
+    Args:
+        old: Python text.
+        new: What became of it.
+
+    Returns:
+        Their qualified names; none if one of the texts does not parse.
+    """
+    try:
+        before, after = _returning(parse_text(old)), _returning(parse_text(new))
+    except ParseFault:
+        return []
+    return [name for name, returns in before.items() if returns and not after.get(name, True)]
+
+
+def _returning(tree: ast.Module) -> dict[str, bool]:
+    """Whether each function returns a value somewhere; of several with one name, whether any does."""
+    found: dict[str, bool] = {}
+    for name, node in definitions(tree):
+        if not isinstance(node, ast.ClassDef):
+            found[name] = found.get(name, False) or any(map(_gives_a_value, _own_nodes(node)))
+    return found
+
+
+def _gives_a_value(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Yield, ast.YieldFrom)) or (isinstance(node, ast.Return) and node.value is not None)
+
+
+def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """What a function holds, functions and classes in it left out."""
+    waiting = list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            yield node
+            waiting += ast.iter_child_nodes(node)
 
 
 def removed(old: str, new: str, own: str = "") -> str:

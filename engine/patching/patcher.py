@@ -19,7 +19,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import BudgetError, CancelledError, ContextLengthError, GateError, RefusedError, StaleTextError
+from engine.errors import (
+    BudgetError,
+    CancelledError,
+    ContextLengthError,
+    GateError,
+    RefusedError,
+    StaleTextError,
+    UsageError,
+)
 from engine.inference.protocol import (
     Completion,
     Engine,
@@ -39,13 +47,15 @@ from engine.patching.gates import GateReport, Verdict, run_gates
 from engine.patching.ledger import Ledger, request_key
 from engine.patching.ledger_records import Entry, PlanRecord, Proposal, Surface
 from engine.patching.names import import_edit, suggest_imports
+from engine.patching.notices import no_longer_returning
 from engine.patching.prompts import PROMPT_VERSION, Feedback, Task, plan_messages, repair_turns
-from engine.patching.scopes import Scope, find_scope
+from engine.patching.scopes import Scope, find_scope, standalone_text
 from engine.patching.source import Source
 
 Stage = Literal["plan", "patch", "repair"]
 Listener = Callable[[Stage, str], None]
 
+MAX_INTENT_CHARS = 20_000
 _LEAST_SECOND_CHOICE = 0.02  # a model that is surer than this that nothing should change is believed
 _SECOND_CHOICE = (
     "The model's likeliest answer left the code as it is; this one goes on from a second choice. Look at it closely."
@@ -252,6 +262,11 @@ class Patch:
     gates: Sequence[Any] = ()
     repairs: Sequence[Any] = ()
 
+    @property
+    def is_second_choice(self) -> bool:
+        """Whether the model's likeliest answer changed nothing, so that nobody should apply this one unseen."""
+        return _SECOND_CHOICE in self.repairs
+
     def to_json(self) -> dict[str, Any]:
         """The patch as `/patch_smart` returns it."""
         return {
@@ -267,6 +282,7 @@ class Patch:
             "repairs": list(self.repairs),
             "timings": self.timings.to_json(),
             "attempts": self.num_attempts,
+            "second_choice": self.is_second_choice,
             "known": self.is_known,
         }
 
@@ -297,6 +313,22 @@ class _Job:
     timings: Timings = field(default_factory=Timings)
     gates_seen: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     num_attempts: int = 0
+
+
+def check_intent(intent: str) -> None:
+    """Refuse a text that is no intent.
+
+    Args:
+        intent: What the user wants.
+
+    Raises:
+        UsageError: It is longer than `MAX_INTENT_CHARS`.
+    """
+    if len(intent) > MAX_INTENT_CHARS:
+        raise UsageError(
+            f"The intent has {len(intent):,} characters; {MAX_INTENT_CHARS:,} are possible",
+            hint="Say in a few sentences what is to be changed.",
+        )
 
 
 class Patcher:
@@ -424,6 +456,7 @@ class Patcher:
     def _job(
         self, source: Source, scope: Scope, intent: str, plan: Plan | None, feedback: Feedback | None, preset: str
     ) -> _Job:
+        check_intent(intent)
         task = Task(self._fitting_context(source, scope), intent, self.options.style, feedback)
         plan_text = plan.text if plan else ""
         edit_format = FORMATS[self._format_name(scope)]
@@ -509,8 +542,8 @@ class Patcher:
     def _second_choice(self, job: _Job, unchanged: _Attempt, listener: Listener | None) -> _Attempt | None:
         """On from the likeliest second choices of an answer, until one gives a patch; None if none does.
 
-        One that changes comments alone is taken only if no other is found. All of them together stay within the time
-        of one answer.
+        One that changes comments alone is taken only if no other is found, one after which a function returns nothing
+        any more never. All of them together stay within the time of one answer.
         """
         completion, found = unchanged.completion, None
         if not completion.top_logprobs:
@@ -526,7 +559,7 @@ class Patcher:
             if (left_s := deadline_s - job.timings.generation_s) <= 0:
                 break
             attempt = self._follow(job, unchanged, fork, left_s, listener)
-            if attempt is not None and attempt.report.ok:
+            if attempt is not None and attempt.report.ok and not _loses_its_value(job, attempt):
                 found = found or replace(attempt, notes=(_SECOND_CHOICE,))
                 if attempt.report.changes_program:
                     return replace(attempt, notes=(_SECOND_CHOICE,))
@@ -698,6 +731,17 @@ class Patcher:
             if event.text and listener is not None:
                 listener(stage, event.text)
         raise AssertionError("a stream ends with a Completion")
+
+
+def _loses_its_value(job: _Job, attempt: _Attempt) -> bool:
+    after = attempt.report.patched
+    assert after is not None
+    texts = [source.plain_text() for source in (job.source, after)]
+    if not job.scope.parses:  # the scope alone was judged, and is what parses
+        end_line = job.scope.end_line + after.num_lines - job.source.num_lines
+        ends = (job.source, job.scope.end_line), (after, end_line)
+        texts = [standalone_text(one.lines[job.scope.start_line - 1 : end], job.scope.indent) for one, end in ends]
+    return bool(no_longer_returning(*texts))
 
 
 @contextmanager

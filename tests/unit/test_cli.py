@@ -18,7 +18,7 @@ import pytest
 from engine.errors import PathError
 from lsp_server import cli, patch_command
 from lsp_server.cli_options import open_session
-from tests.scripted_engine import Script, ScriptedEngine
+from tests.scripted_engine import Reply, Script, ScriptedEngine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BITS = (
@@ -144,6 +144,36 @@ def test_an_export_to_a_device_leaves_its_mode_alone(planpatch: Desk) -> None:
     mode = os.stat("/dev/null").st_mode
     assert planpatch("ledger", "export", "-o", "/dev/null", "--force").code == 0
     assert os.stat("/dev/null").st_mode == mode
+
+
+# --- second choices --------------------------------------------------------------------------------------------------
+
+SAME = f"{ONES}\treturn bit()\n"
+HESITANT = Reply(SAME, second_choices=((SAME.rindex("bit()"), "n", -1.0),))
+
+
+def test_a_second_choice_is_shown_and_never_written_unseen(planpatch: Desk) -> None:
+    """`--write` wrote a guess after the model had answered that nothing was to be changed."""
+    ask = ("patch", "bits.py", "-f", "ones", "-i", "Count all ones.")
+    said = planpatch(*ask, "--write", script=[HESITANT, ".bit_count()\n"])
+    assert (said.code, planpatch.file.read_bytes()) == (1, BITS)
+    assert "+\treturn n.bit_count()" in said.out
+    assert "warning: The model's likeliest answer left the code as it is" in said.err
+    patch_id = said.err.rpartition("planpatch ledger apply ")[2].split()[0]
+    again = planpatch(*ask, "--write", "--json")
+    assert (again.code, again.json["second_choice"], again.json["written"]) == (1, True, False)
+    assert (again.json["known"], again.json["patch_id"]) == (True, patch_id)
+    assert planpatch(*ask, script=[HESITANT, ".bit_count()\n"]).code == 0
+    assert planpatch("ledger", "apply", patch_id).code == 0
+    assert planpatch.file.read_bytes() == PATCHED
+
+
+def test_an_intent_of_a_book_is_refused_before_the_model_loads(planpatch: Desk) -> None:
+    said = planpatch("patch", "bits.py", "-f", "ones", "-i", "x" * 20_001)
+    assert (said.code, said.err.splitlines()[0]) == (
+        2,
+        "usage: The intent has 20,001 characters; 20,000 are possible",
+    )
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.patching.edits import Edit, diff_edits
-from engine.patching.notices import notices, removed
+from engine.patching.notices import no_longer_returning, notices, removed
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 
@@ -128,3 +128,26 @@ def test_a_fault_elsewhere_in_the_file_is_named_with_its_line() -> None:
 
 def test_an_ordinary_patch_has_no_notice() -> None:
     assert told(OLD, OLD.replace("len(name)", "len(name.strip())"), "size") == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        ("def f():\n    return 1\n", "def f():\n    '''One 🙂.'''\n", ["f"]),
+        ("def f():\n    return 1\n", "def f():\n    return\n", ["f"]),
+        ("def f():\n    yield 1\n", "def f():\n    pass\n", ["f"]),
+        ("def f():\n    return 1\n", "def f():\n    def g():\n        return 1\n", ["f"]),
+        ("class A:\n\tasync def f(self):\n\t\treturn 1\n", "class A:\n\tasync def f(self):\n\t\tpass\n", ["A.f"]),
+        ("def f():\n    return 1\n", "def f():\n    if f:\n        return 2\n", []),
+        ("def f():\n    return 1\n", "def g():\n    pass\n", []),
+        ("def f():\n    pass\n", "def f():\n    return\n", []),
+        ("def f():\n    return 1\n", "def f(:\n", []),
+    ],
+)
+def test_a_function_that_returns_nothing_any_more_is_named(old: str, new: str, lost: list[str]) -> None:
+    assert no_longer_returning(old, new) == lost
+
+
+def test_a_lost_value_is_told_with_its_function() -> None:
+    after = OLD.replace("    return sum(map(longest, names)), text\n", "    print(longest, text)\n")
+    assert told(OLD, after, "size") == ["after the patch `size` never returns a value, and it did before"]

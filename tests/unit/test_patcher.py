@@ -293,6 +293,14 @@ def test_a_second_choice_that_changes_a_comment_alone_is_the_last_resort() -> No
     assert patch.patched.text == FILE.replace("-=", "+=")
 
 
+def test_a_second_choice_after_which_nothing_is_returned_is_none() -> None:
+    hesitant = hesitating((RETURN, "d", -1.0), (MINUS, "+", -2.0))
+    patch = Desk([hesitant, "el total\n", BYTES[MINUS + 1 :].decode()]).patch()
+    assert patch.patched.text == FILE.replace("-=", "+=")
+    assert patch.is_second_choice
+    assert not Desk([GOOD]).patch().is_second_choice
+
+
 def test_a_model_that_is_sure_is_believed() -> None:
     desk = Desk([hesitating((MINUS, "+", -5.0))], num_repairs=0)
     with pytest.raises(GateError, match="changes nothing"):
