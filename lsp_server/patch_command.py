@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from engine.errors import GateError, UsageError, WriteError
+from engine.errors import GateError, StaleTextError, UsageError, WriteError
 from engine.patching.edits import Edit
 from engine.patching.gates import run_gates
 from engine.patching.ledger import Applied, Ledger
@@ -86,13 +86,14 @@ def run_patch(session: Session, request: PatchRequest, *, as_json: bool) -> None
             patcher = session.patcher(engine, ledger, "cli")
             patch = _make(patcher, request, source, scope, intent, plan, as_json=as_json)
         edits = patch.edits if request.hunks is None else _chosen_edits(patch, request.hunks)
+        if not as_json:
+            console.print_diff(patch.diff)
         may_write = request.write and not patch.is_second_choice
         applied = _apply(ledger, patch, request.hunks) if may_write else None
     warnings = notices(patch.source, patch.scope, edits) + (applied.warnings if applied else [])
     if as_json:
         console.print_json({**patch.to_json(), "written": applied is not None, "warnings": warnings})
     else:
-        console.print_diff(patch.diff)
         for warning in warnings:
             console.warn(warning)
         _say_what_next(patch, request, written=applied is not None)
@@ -159,8 +160,9 @@ def _apply(ledger: Ledger, patch: Patch, hunks: tuple[int, ...] | None) -> Appli
     """Write the patch; where that fails it is not lost, and the user is told its id."""
     try:
         return ledger.apply(patch.id, hunks)
-    except WriteError as error:
-        error.hint += f" The patch is kept: planpatch ledger apply {patch.id} writes it."
+    except (WriteError, StaleTextError) as error:
+        again = "apply {} writes it" if isinstance(error, WriteError) else "show {} shows it"
+        error.hint += f" The patch is kept: planpatch ledger {again.format(patch.id)}."
         error.details["patch_id"] = patch.id
         raise
 

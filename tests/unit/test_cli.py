@@ -168,6 +168,23 @@ def test_a_second_choice_is_shown_and_never_written_unseen(planpatch: Desk) -> N
     assert planpatch.file.read_bytes() == PATCHED
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_file_that_changes_while_the_model_writes_keeps_its_text_and_the_patch_is_shown(
+    planpatch: Desk, as_json: bool
+) -> None:
+    def write(_: str) -> str:
+        planpatch.file.write_bytes(BITS + b"\r\n# edited\r\n")
+        return NEW_ONES
+
+    options = ["--json"] if as_json else []
+    said = planpatch("patch", "bits.py", "-f", "ones", "-i", "Count all ones.", "--write", *options, script=write)
+    assert (said.code, planpatch.file.read_bytes()) == (1, BITS + b"\r\n# edited\r\n")
+    error = said.json["error"] if as_json else {"code": "stale_text", "hint": said.err, "details": {}}
+    assert error["code"] == "stale_text"
+    assert "The patch is kept: planpatch ledger show p_" in error["hint"]
+    assert "patch_id" in error["details"] if as_json else "+\treturn n.bit_count()" in said.out
+
+
 def test_an_intent_of_a_book_is_refused_before_the_model_loads(planpatch: Desk) -> None:
     said = planpatch("patch", "bits.py", "-f", "ones", "-i", "x" * 20_001)
     assert (said.code, said.err.splitlines()[0]) == (
