@@ -19,7 +19,9 @@ from rich.markup import escape
 
 from engine.errors import PlanPatchError, UsageError, WriteError
 from engine.inference.loading import set_runtime_defaults
+from engine.patching.ledger_records import path_key
 from lsp_server import console
+from lsp_server.argument_text import refuse_undecodable
 from lsp_server.cli_ledger import ledger_app
 from lsp_server.cli_models import adapters_app, models_app
 from lsp_server.cli_options import (
@@ -86,6 +88,7 @@ def plan(
 ) -> None:
     """Say in a few words what would be changed. Nothing is written but the ledger."""
     options = {"model": model, "adapter": adapter, "device": device, "quantization": quantization}
+    path_key(file)  # the ledger refuses a name that is not UTF-8: better now than after the plan
     session = open_session(options, file, as_json)
     source, scope = find_target(session, file, function, line, module)
     wanted = _intent(session, intent, preset)
@@ -134,6 +137,7 @@ def patch(
         "quantization": quantization,
         "format": edit_format,
     }
+    path_key(file)
     session = open_session(options, file, as_json)
     request = PatchRequest(
         file=file,
@@ -203,6 +207,7 @@ def _register_later_commands() -> None:
 
     app.add_typer(bench_app, name="bench")
     app.command()(doctor)
+    refuse_undecodable(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

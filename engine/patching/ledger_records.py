@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from engine.errors import UsageError
+from engine.errors import PathError, UsageError
 from engine.patching.edits import Edit, apply_edits
 from engine.patching.ledger_db import Database
 from engine.patching.source import Source
@@ -616,9 +616,9 @@ def stored_path(path: Path | None) -> str | None:
         The absolute path, links kept.
 
     Raises:
-        UsageError: It has a name that is not Unicode.
+        PathError: It has a name that is not UTF-8.
     """
-    return None if path is None else storable("path", os.path.abspath(path))
+    return None if path is None else _storable_path(os.path.abspath(path))
 
 
 def path_key(path: Path | None) -> str | None:
@@ -631,9 +631,18 @@ def path_key(path: Path | None) -> str | None:
         The name.
 
     Raises:
-        UsageError: It has a name that is not Unicode.
+        PathError: It has a name that is not UTF-8.
     """
-    return None if path is None else storable("path", os.path.normcase(os.path.realpath(path)))
+    return None if path is None else _storable_path(os.path.normcase(os.path.realpath(path)))
+
+
+def _storable_path(path: str) -> str:
+    try:
+        return storable("path", path)
+    except UsageError as error:
+        raise PathError(
+            f"{path} has a name that is not UTF-8, which the ledger cannot keep.", hint="Rename it."
+        ) from error
 
 
 def iso_utc(time: datetime) -> str:
