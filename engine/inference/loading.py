@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import ModelError
+from engine.inference.mending import mending_hint
 from engine.inference.tokenizer import HFChatTokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 
+_OF_A_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _INSTALL_CUDA = "Install planpatch[cuda], or choose the quantization bf16"
 
 
@@ -71,8 +74,8 @@ def context_length_of(folder: Path) -> int:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text_config = config.get("text_config") or config
         return int(text_config.get("max_position_embeddings") or 4096)
-    except (OSError, ValueError, TypeError, AttributeError) as fault:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {fault}", hint="Pull the model again.") from fault
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as fault:
+        raise ModelError(f"{folder / 'config.json'} is damaged: {fault}", hint=mending_hint(folder)) from fault
 
 
 def set_runtime_defaults() -> None:
@@ -179,22 +182,20 @@ def load_model(
     device = choose_device(device)
     chosen = choose_quantization(quantization, device)
     import torch
-    from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():
             model = _read_weights(folder, device, chosen, dtype)
-    except torch.OutOfMemoryError as fault:
+    except (torch.OutOfMemoryError, MemoryError) as fault:
         raise ModelError(
             f"{name} does not fit into the memory of {device} as {chosen}",
             hint="Choose a smaller model (planpatch models list) or the quantization nf4, or free the GPU.",
         ) from fault
     except ImportError as fault:
         raise ModelError(f"{name} cannot be loaded as {chosen}: {fault}", hint=_INSTALL_CUDA) from fault
-    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
+    except Exception as fault:  # a config.json with wrong values makes transformers fail in any way
         raise ModelError(
-            f"{name} cannot be loaded from {folder}: {fault}",
-            hint=f"Pull it again: planpatch models pull {name} --force",
+            f"{name} cannot be loaded from {folder}: {_reason(fault)}", hint=mending_hint(folder)
         ) from fault
     return LoadedModel(
         name=name,
@@ -207,6 +208,12 @@ def load_model(
         context_length=context_length_of(folder),
         vocab_size=_vocab_size(model),
     )
+
+
+def _reason(fault: Exception) -> str:
+    """In one line; an error without words of its own is named by its kind."""
+    words = " ".join(str(fault).split())
+    return words if isinstance(fault, (OSError, ValueError, RuntimeError)) else f"{type(fault).__name__}: {words}"
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -230,12 +237,22 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
         )
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
+    arguments["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     model, read = loaded
-    if missing := sorted(read["missing_keys"]):  # transformers would fill them with noise
-        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+    _check_complete(read["missing_keys"], read["mismatched_keys"], read["unexpected_keys"])
     model.requires_grad_(False)
     return model
+
+
+def _check_complete(missing: Iterable[str], mismatched: Iterable[Any], unexpected: Iterable[str]) -> None:
+    """Transformers would fill what is missing or of another shape with noise, and leave further layers out."""
+    if lacking := sorted(missing):
+        raise ValueError(f"its weights lack {len(lacking)} tensors, such as {lacking[0]}")
+    if differing := sorted(entry[0] for entry in mismatched):
+        raise ValueError(f"{len(differing)} of its tensors have another shape than config.json says: {differing[0]}, …")
+    if further := sorted(name for name in unexpected if _OF_A_LAYER.search(name)):
+        raise ValueError(f"config.json leaves out {len(further)} tensors of its layers, such as {further[0]}")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from engine.inference.catalogue import (
     memory_need_bytes,
     resolve,
 )
+from engine.inference.mending import mending_hint
 from engine.inference.store_files import (
     MANIFEST,
     DigestCache,
@@ -384,7 +385,11 @@ class ModelStore:
 
     def _user_folder(self, ref: ModelRef, progress: ProgressCallback) -> LocalModel:
         assert ref.path is not None, "a folder model has a path"
-        files = check_model_folder(ref.path)
+        try:
+            files = check_model_folder(ref.path)
+        except ModelError as error:
+            error.hint = error.hint or mending_hint(ref.path)
+            raise
         digests = {path.name: self._digests.sha256(path, progress) for path in files}
         return LocalModel(
             name=ref.path.name,
@@ -636,10 +641,15 @@ def _folder_need_bytes(folder: Path, quantization: Quantization) -> int:
 
 
 def _kv_cache_bytes(folder: Path, bytes_per_number: int) -> int:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
     try:
+        config = json.loads(path.read_text(encoding="utf-8"))
         num_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return 2 * config["num_hidden_layers"] * num_heads * head_dim * bytes_per_number * _KV_CACHE_TOKENS
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} does not say how large the model is: {error} is missing") from error
+        return int(2 * config["num_hidden_layers"] * num_heads * head_dim * bytes_per_number * _KV_CACHE_TOKENS)
+    except KeyError as error:
+        raise ModelError(
+            f"{path} does not say how large the model is: {error} is missing", hint=mending_hint(folder)
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: {error}", hint=mending_hint(folder)) from error

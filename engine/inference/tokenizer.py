@@ -32,6 +32,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from engine.errors import ModelError
+from engine.inference.mending import mending_hint
 from engine.inference.protocol import Message
 
 # White space around a stand-in: what is left of it tells how a template strips a message. No template writes the space,
@@ -40,7 +41,6 @@ _SPACE = "\u205f"
 _NEWLINES = "\n" * 8
 _TEXT_END_TOKENS = ("<|endoftext|>",)  # ends a document in several model families; never part of a chat answer
 _OTHER_MODEL = "Use another instruct or chat model: planpatch models list"
-_PULL_AGAIN = "Pull the model again: planpatch models pull NAME --force"
 _CONTINUATION = "continuation"
 _START = "start"
 _SECTION = "section"
@@ -75,6 +75,14 @@ class HFChatTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        try:
+            self._read_folder(folder)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as fault:
+            raise ModelError(
+                f"The tokenizer in {folder} is damaged: {type(fault).__name__}: {fault}", hint=mending_hint(folder)
+            ) from fault
+
+    def _read_folder(self, folder: Path) -> None:
         spec = _read_json(folder / "tokenizer.json")
         self._config = _read_json(folder / "tokenizer_config.json", missing_ok=True)
         self._added = _added_tokens(spec)
@@ -495,7 +503,7 @@ def _build(spec: dict[str, Any], added: Sequence[_AddedToken], folder: Path) -> 
             return tokenizer
         return Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"{folder / 'tokenizer.json'} cannot be read: {error}", hint=_PULL_AGAIN) from error
+        raise ModelError(f"{folder / 'tokenizer.json'} cannot be read: {error}", hint=mending_hint(folder)) from error
 
 
 def _members(component: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -578,7 +586,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint=_PULL_AGAIN) from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=mending_hint(path.parent)) from error
 
 
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
@@ -587,7 +595,7 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
     except ValueError as error:
-        raise ModelError(f"{path} is damaged: {error}", hint=_PULL_AGAIN) from error
+        raise ModelError(f"{path} is damaged: {error}", hint=mending_hint(path.parent)) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} is damaged: it holds no JSON object", hint=_PULL_AGAIN)
+        raise ModelError(f"{path} is damaged: it holds no JSON object", hint=mending_hint(path.parent))
     return value
