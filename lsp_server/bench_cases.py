@@ -37,6 +37,7 @@ from lsp_server.bench_edit import (
     without_time_limits,
 )
 
+_KEYS = "id, file_name, before, function, scope and intent"
 _POLL_S = 0.5  # a wait without end could not be interrupted on Windows
 
 
@@ -75,9 +76,11 @@ def read_cases(path: Path) -> list[Case]:
 
     Raises:
         PathError: The file cannot be read.
-        UsageError: A row is malformed; the message names the file and the line.
+        UsageError: A row is malformed (the message names the file and the line), or there is none.
     """
     cases = [_case(row, f"{path}:{number}") for number, row in _rows(path)]
+    if not cases:
+        raise UsageError(f"{path} has no cases", hint=f"Each line must be a JSON object with {_KEYS}.")
     repeated = [name for name, count in Counter(case.id for case in cases).items() if count > 1]
     if repeated:
         raise UsageError(f"{path} has several cases with the id {repeated[0]!r}", hint="Give each case its own id.")
@@ -88,7 +91,11 @@ def _rows(path: Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(_read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{path}:{number} is not UTF-8 (byte {error.start + 1} of the line)", hint="Save it as UTF-8."
+                ) from None
             except ValueError as error:
                 raise UsageError(
                     f"{path}:{number} is not JSON: {error}", hint="Each line must be one whole JSON object."

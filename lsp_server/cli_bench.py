@@ -26,6 +26,7 @@ from lsp_server.bench_cases import (
     run_cases,
     summarise,
 )
+from lsp_server.bench_record import keep_or_compare, run_options
 from lsp_server.bench_repeat import (
     HISTORY_NAME,
     PLOT_NAME,
@@ -189,8 +190,9 @@ def cases(
 ) -> None:
     """Run edit tasks under token budgets alone; each result is written at once, in the order of completion.
 
-    Reads id, file_name, before, function, scope and intent of a row and nothing else. With --resume give the same
-    options as before. Without it an older RESULTS.jsonl is kept as RESULTS.jsonl.old.
+    Reads id, file_name, before, function, scope and intent of a row and nothing else. The options are kept beside the
+    results as RESULTS.jsonl.run.json, and --resume takes no other ones. Without --resume an older RESULTS.jsonl is kept
+    as RESULTS.jsonl.old.
     """
     chosen = Selection(read_ids(ids) if ids else None, limit, _shard(shard)).of(read_cases(file))
     options = {
@@ -202,7 +204,9 @@ def cases(
     }
     _check_files_differ(file, out, details)
     session = open_session(options, None, as_json)
+    made_with = run_options(session, with_plan=with_plan)
     with LineLog(out, resume=resume) as results, _details_log(details, resume=resume) as log:
+        keep_or_compare(out, made_with, has_lines=bool(results.lines))
         done = {line["id"] for line in results.lines}
         waiting = [case for case in chosen if case.id not in done]
         totals = RunTotals()

@@ -308,6 +308,58 @@ def test_resume_with_nothing_left_to_do_loads_no_model(run: Run, cases: Path, ou
     assert (engine.requests, out.read_bytes()) == ([], before)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--plan", "plan was False and is True"),
+        ("--format json_edits", "format was 'auto' and is 'json_edits'"),
+        ("-m qwen3-8b", "model was 'auto' and is 'qwen3-8b'"),
+        ("--quantization fp32", "quantization was 'auto' and is 'fp32'"),
+        ("--adapter .", "adapter was '__none__' and is "),
+    ],
+)
+def test_resume_with_other_options_is_refused(
+    run: Run, cases: Path, out: Path, capsys: pytest.CaptureFixture[str], more: str, said: str
+) -> None:
+    write_rows(cases, row("a"), row("b"))
+    run(ScriptedEngine(answering(ADD_MENDED)), "bench cases cases.jsonl --out results.jsonl --limit 1")
+    before = out.read_bytes()
+    engine = ScriptedEngine([])
+    assert run(engine, f"bench cases cases.jsonl --out results.jsonl --resume {more}") == 2
+    assert f"These results were made with other options: {said}" in capsys.readouterr().err
+    assert (engine.requests, out.read_bytes()) == ([], before)
+
+    assert run(ScriptedEngine(answering(ADD_MENDED)), "bench cases cases.jsonl --out results.jsonl --resume") == 0
+    assert [line["id"] for line in read_rows(out)] == ["a", "b"]
+
+
+def test_results_without_a_record_of_their_options_are_gone_on_with(run: Run, cases: Path, out: Path) -> None:
+    write_rows(cases, row("a"), row("b"))
+    run(ScriptedEngine(answering(ADD_MENDED)), "bench cases cases.jsonl --out results.jsonl --limit 1")
+    out.with_name("results.jsonl.run.json").unlink()
+    command = "bench cases cases.jsonl --out results.jsonl --resume --plan"
+    assert run(ScriptedEngine(answering(ADD_MENDED)), command) == 0
+    assert [line["id"] for line in read_rows(out)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cases.jsonl has no cases"),
+        (b"\xef\xbb\xbf\r\n\n", "cases.jsonl has no cases"),
+        (b'\n{"id": "\xff"}\n', "cases.jsonl:2 is not UTF-8 (byte 9 of the line)"),
+        ('{"id": "a"}'.encode("utf-16"), "cases.jsonl:1 is not UTF-8 (byte 1 of the line)"),
+    ],
+)
+def test_a_file_of_cases_that_is_empty_or_not_utf_8_is_told(
+    run: Run, cases: Path, out: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    cases.write_bytes(content)
+    assert run(ScriptedEngine([]), "bench cases cases.jsonl --out results.jsonl") == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_last_line_that_lost_only_its_newline_is_run_again(run: Run, cases: Path, out: Path) -> None:
     write_rows(cases, row("a"))
     run(ScriptedEngine(answering(ADD_MENDED)), "bench cases cases.jsonl --out results.jsonl")
