@@ -195,7 +195,8 @@ def _model(session: Session) -> list[Check]:
     except ModelError as error:
         is_absent = ref.kind in ("catalogue", "hub") and session.store.show(ref.name).state in ("absent", "partial")
         level = "warning" if is_absent else "problem"
-        return [Check("model", level, f"{meant}. {error.message}", error.hint)]
+        first = " It has to be pulled first." if is_absent else ""
+        return [Check("model", level, f"{meant}. {error.message}.{first}", error.hint)]
     checks = [Check("model", "ok", f"{meant}; it is here and whole ({gigabytes(local.bytes)}, {local.folder})")]
     return checks + isolated("model memory", lambda: _memory(session, ref, device))
 
@@ -228,9 +229,10 @@ def _hub(session: Session, environ: Mapping[str, str]) -> list[Check]:
         return [Check("hub", "ok", f"{constants.ENDPOINT} answers")]
     found = f"{constants.ENDPOINT} is out of reach ({fault})"
     ref = session.model_ref()
-    is_here = ref.hub_id is None or session.store.show(ref.name).state == "ready"
-    if is_here or (ref.entry is not None and "pypi" in ref.entry.sources):
-        return [Check("hub", "ok", f"{found}; {ref.name} does not need it")]
+    if ref.hub_id is None or session.store.show(ref.name).state == "ready":
+        return [Check("hub", "ok", f"{found}; {ref.name} is here and does not need it")]
+    if ref.entry is not None and "pypi" in ref.entry.sources:
+        return [Check("hub", "ok", f"{found}; {ref.name} can be pulled from PyPI without it")]
     fix = "Check the network, or name a model folder or .gguf file on this machine with --model."
     return [Check("hub", "warning", f"{found}, and {ref.name} comes from there alone", fix)]
 
@@ -285,6 +287,23 @@ def _show(checks: list[Check]) -> None:
         console.out.print(f"\n{check.name}:", style=_COLOURS[check.level])
         for line in check.fix.splitlines():
             console.out.print(f"  {line}", markup=False)
+    console.out.print(f"\n{verdict(checks)}", style="bold")
+
+
+def verdict(checks: list[Check]) -> str:
+    """The last line; a model that is not here yet is no fault, but nothing can be patched without one.
+
+    Args:
+        checks: Every check.
+
+    Returns:
+        One line.
+    """
     broken = sum(check.level == "problem" for check in checks)
-    verdict = f"{broken} of {len(checks)} checks found something broken." if broken else "Everything needed works."
-    console.out.print(f"\n{verdict}", style="bold")
+    warnings = [check for check in checks if check.level == "warning"]
+    if broken:
+        return f"{broken} of {len(checks)} checks found something broken."
+    told = f" {len(warnings)} warning{'s' if len(warnings) > 1 else ''}: see above." if warnings else ""
+    if any(check.name == "model" for check in warnings):
+        return f"Nothing is broken, but there is no model yet: pull it first, with the command above.{told}"
+    return f"Everything needed works.{told}"

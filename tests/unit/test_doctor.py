@@ -15,7 +15,7 @@ import pytest
 from engine.errors import LedgerError
 from engine.patching.ledger import Ledger, PlanRecord
 from lsp_server import cli, doctor
-from lsp_server.doctor import examine, isolated
+from lsp_server.doctor import examine, isolated, verdict
 from lsp_server.doctor_machine import Check, DriverFacts, TorchFacts, isolation_check, judge_torch
 
 CARD = ("NVIDIA GeForce RTX 4070", 12_878_086_144)
@@ -368,7 +368,7 @@ def test_a_hub_out_of_reach_is_no_fault_while_there_is_another_source(
     check = with_hub("http://127.0.0.1:9", monkeypatch)
     assert check.level == "ok"
     assert "is out of reach" in check.detail
-    assert check.detail.endswith("qwen2.5-coder-0.5b-instruct does not need it")
+    assert check.detail.endswith("qwen2.5-coder-0.5b-instruct can be pulled from PyPI without it")
 
 
 def test_a_hub_out_of_reach_is_a_warning_when_the_model_comes_from_it_alone(
@@ -391,6 +391,24 @@ def test_json_lists_every_check_and_the_exit_code_is_0_when_nothing_needed_is_br
     assert {tuple(check) for check in said["checks"]} == {("name", "ok", "level", "detail", "fix")}
     model = next(check for check in said["checks"] if check["name"] == "model")
     assert (model["ok"], model["level"]) == (False, "warning")
+
+
+def test_without_a_model_the_last_line_says_that_one_has_to_be_pulled_first(
+    empty_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing is broken, but there is no model yet: pull it first" in out
+    assert "Everything needed works." not in out
+
+
+def test_the_last_line_counts_the_warnings() -> None:
+    well, odd, model = (
+        Check(name, level, "…") for name, level in (("a", "ok"), ("b", "warning"), ("model", "warning"))
+    )
+    assert verdict([well]) == "Everything needed works."
+    assert verdict([well, odd]) == "Everything needed works. 1 warning: see above."
+    assert verdict([model, odd]).endswith("with the command above. 2 warnings: see above.")
 
 
 def test_something_broken_ends_with_exit_code_3_and_what_to_do(
