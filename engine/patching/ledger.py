@@ -424,6 +424,9 @@ class Ledger:
     def apply(self, patch_id: str, hunks: Iterable[int] | None = None) -> Applied:
         """Write a proposal to its file on disk.
 
+        One that is recorded as applied is written anew if the file is the proposal's base again, byte for byte: that it
+        was taken out by other means is recorded first.
+
         Args:
             patch_id: The proposal.
             hunks: Indices of its edits; None for all.
@@ -444,7 +447,7 @@ class Ledger:
             if entry.state in (State.REFUSED, State.REJECTED):
                 raise wrong_state(entry, "cannot be applied", "Ask for a new patch.")
             if entry.standing.is_applied:
-                raise wrong_state(entry, "is in its file already", "Roll it back first to apply it anew.")
+                self._note_taken_out(entry, path)
             target = entry.applied_text(hunks).to_bytes()
             _check_is_base(entry, path)
             chosen = chosen_hunks(entry, hunks)
@@ -733,6 +736,9 @@ class Ledger:
             entry = self._get(patch_id)
             path = _path_on_disk(entry)
             current = source_of(_bytes_on_disk(entry, path), path)
+            if operation == "redo" and entry.standing.is_applied and self._is_base_again(entry, current.to_bytes()):
+                self._note_turned(entry, "rollback", current)
+                entry = self._get(patch_id)
             try:
                 turned = self._turned(entry, operation, current)
             except StaleTextError as error:
@@ -741,6 +747,26 @@ class Ledger:
                     raise
                 return self._note_turned(entry, operation, current)
             return self._write(entry, operation, entry.standing.hunks, current.sha256, turned.source.to_bytes())
+
+    def _is_base_again(self, entry: Entry, data: bytes) -> bool:
+        """Whether an applied proposal was taken out by other means than a later proposal."""
+        return data == entry.proposal.base and self._applied_later(entry) is None
+
+    def _note_taken_out(self, entry: Entry, path: Path) -> None:
+        """Record that an applied proposal is not in its file any more; else refuse to apply it twice."""
+        data = _bytes_on_disk(entry, path)
+        if self._is_base_again(entry, data):
+            self._note_turned(entry, "rollback", source_of(data, path))
+            return
+        if _fits(entry, entry.standing.hunks, "rollback", data):
+            raise wrong_state(entry, "is in its file already", "Roll it back first to apply it anew.")
+        raise UsageError(
+            f"{entry.id} is recorded as applied, but {path} does not hold its lines as it left them.",
+            hint=f"If you took them out, planpatch ledger rollback {entry.id} records that, and planpatch ledger redo "
+            f"{entry.id} puts them in again.",
+            patch_id=entry.id,
+            state=entry.state.value,
+        )
 
     def _note_turned(self, entry: Entry, operation: Operation, current: Source) -> Applied:
         """Record that the user did it in another way; else the proposal could be neither rolled back nor applied."""

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.errors import StaleTextError
 from engine.patching.edits import Edit, new_lines
@@ -463,23 +463,59 @@ def _not_found(
     old: Source, new: Source, changes: Sequence[Change], current: Source, places: Sequence[Range | None]
 ) -> StaleTextError:
     regions = _regions_now(old, current, changes)
-    hunks = [
-        {
-            "hunk": change.hunk,
-            "found": place is not None,
-            "start_line": (place or region).start + 1,
-            "view": _three_way_view(old, new, change, current, place or region),
-        }
-        for change, place, region in zip(changes, places, regions, strict=True)
-    ]
-    missing = [str(hunk["start_line"]) for hunk in hunks if not hunk["found"]]
+    hunks: list[dict[str, Any]] = []
+    for change, place, region in zip(changes, places, regions, strict=True):
+        copies = _copies(old.lines[change.old.start : change.old.stop], current.lines) if place is None else []
+        is_ambiguous = len(copies) > 1
+        view = _copies_view(old, new, change, copies) if is_ambiguous else None
+        hunks.append(
+            {
+                "hunk": change.hunk,
+                "found": place is not None,
+                "start_line": (place or region).start + 1,
+                "copies": copies if is_ambiguous else [],
+                "view": view or _three_way_view(old, new, change, current, place or region),
+            }
+        )
+    missing = [hunk for hunk in hunks if not hunk["found"]]
+    repeated = [hunk for hunk in missing if hunk["copies"]]
+    if repeated == missing:
+        told = "; ".join(f"{len(hunk['copies'])} times, at lines {_listed(hunk['copies'])}" for hunk in repeated)
+        return StaleTextError(
+            f"In {current.path} the lines of {len(missing)} of {len(changes)} hunks occur more than once ({told}), "
+            "and nothing tells which are meant.",
+            hint="Change them by hand at the right place, or make the others differ and try again.",
+            path=current.path,
+            hunks=hunks,
+        )
+    near = ", ".join(str(hunk["start_line"]) for hunk in missing)
     return StaleTextError(
-        f"{current.path} was edited inside {len(missing)} of {len(changes)} hunks (near line {', '.join(missing)}), "
+        f"{current.path} was edited inside {len(missing)} of {len(changes)} hunks (near line {near}), "
         "or their lines cannot be told from others.",
         hint="Change those lines by hand with the three texts shown, or undo your edits to them and try again.",
         path=current.path,
         hunks=hunks,
     )
+
+
+def _copies(block: Sequence[str], lines: Sequence[str]) -> list[int]:
+    """The lines, from 1, at which a block begins."""
+    if not block:
+        return []
+    return [start + 1 for start in range(len(lines) - len(block) + 1) if lines[start : start + len(block)] == block]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def _copies_view(old: Source, new: Source, change: Change, copies: Sequence[int]) -> str:
+    parts = (
+        (f"<<<<<<< is in the file {len(copies)} times, at lines {_listed(copies)}", change.old, old),
+        ("======= would be put in its place", change.new, new),
+    )
+    shown = [line for title, at, text in parts for line in (title, *text.lines[at.start : at.stop])]
+    return "\n".join([*shown, ">>>>>>>"])
 
 
 def _regions_now(old: Source, current: Source, changes: Sequence[Change]) -> list[Range]:

@@ -395,6 +395,33 @@ def test_a_patch_that_was_taken_out_or_put_in_by_other_means_is_recorded_so(ledg
     assert file.read_bytes() == BASE
 
 
+@pytest.mark.parametrize("again", ["apply", "redo"])
+def test_a_patch_that_was_taken_out_by_hand_is_put_in_again(ledger: Ledger, file: Path, again: str) -> None:
+    """apply said "is in its file already" without looking, and redo "was not rolled back: it is applied"."""
+    patch_id = ledger.propose(proposal(file))
+    ledger.apply(patch_id)
+    file.write_bytes(BASE)
+    getattr(ledger, again)(patch_id)
+    assert file.read_bytes() == patched()
+    kinds = [event.kind for event in ledger.get(patch_id).events]
+    assert kinds[-3:] == ["rolled_back", "applying", "applied" if again == "apply" else "redone"]
+
+
+def test_apply_looks_whether_an_applied_patch_is_still_in_its_file(ledger: Ledger, file: Path) -> None:
+    patch_id = ledger.propose(proposal(file))
+    ledger.apply(patch_id)
+    file.write_bytes(patched() + b"\r\nmore = 1")
+    with pytest.raises(UsageError, match="is in its file already: it is applied"):
+        ledger.apply(patch_id)
+    file.write_bytes(BASE + b"\r\nmore = 1")
+    with pytest.raises(UsageError, match=r"is recorded as applied, but .* does not hold its lines") as caught:
+        ledger.apply(patch_id)
+    assert f"planpatch ledger rollback {patch_id} records that" in caught.value.hint
+    ledger.rollback(patch_id)
+    ledger.redo(patch_id)
+    assert file.read_bytes() == patched() + b"\r\nmore = 1"
+
+
 def test_half_a_patch_taken_out_by_hand_is_still_an_edit(ledger: Ledger, file: Path) -> None:
     patch_id = ledger.propose(proposal(file))
     ledger.apply(patch_id)
@@ -414,6 +441,10 @@ def test_a_later_patch_that_undoes_an_earlier_one_is_not_taken_for_its_roll_back
     with pytest.raises(StaleTextError, match="was edited inside") as caught:
         ledger.rollback(first)
     assert (second in caught.value.hint, ledger.get(first).state) == (True, State.APPLIED)
+    for again in (ledger.apply, ledger.redo):
+        with pytest.raises(UsageError):
+            again(first)
+    assert (file.read_bytes(), ledger.get(first).state) == (BASE, State.APPLIED)
 
 
 @pytest.mark.parametrize("edited", [b"return name.strip(1)", b"return name.strip()\r\n\t\tpass"])

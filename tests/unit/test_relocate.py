@@ -237,6 +237,24 @@ def test_a_final_newline_added_since_is_kept() -> None:
     assert rolled_back(before, after, made, b"a\nB\n") == b"a\nb\n"
 
 
+def test_lines_that_occur_twice_are_told_as_such() -> None:
+    """The three-way view showed the same lines twice, with nothing that differs."""
+    before, after, made = patched("a\r\n\tx = 1  # 🐍\r\nb\r\n".encode(), (2, 2, "\tx = 2  # 🐍"))
+    now = "a\r\n\tx = 2  # 🐍\r\nb\r\na\r\n\tx = 2  # 🐍\r\nb\r\n".encode()
+    with pytest.raises(StaleTextError) as caught:
+        rolled_back(before, after, made, now)
+    assert caught.value.message == (
+        "In m.py the lines of 1 of 1 hunks occur more than once (2 times, at lines 2 and 5), "
+        "and nothing tells which are meant."
+    )
+    (hunk,) = caught.value.details["hunks"]
+    assert hunk["copies"] == [2, 5]
+    assert hunk["view"] == (
+        "<<<<<<< is in the file 2 times, at lines 2 and 5\n\tx = 2  # 🐍\n"
+        "======= would be put in its place\n\tx = 1  # 🐍\n>>>>>>>"
+    )
+
+
 def test_a_hunk_edited_since_is_refused_and_shown_three_ways() -> None:
     before, after, made = patched(b"a\nb\nc\nd\ne\n", (2, 2, "B"), (4, 4, "D"))
     with pytest.raises(StaleTextError) as caught:
