@@ -51,13 +51,17 @@ def list_proposals(
         )
         for line in lines
     ]
-    console.print_table("", ("patch", "made (UTC)", "state", "where", "intent"), rows, one_line=True)
+    console.print_lines(("patch", "made (UTC)", "state", "where", "intent"), rows, num_whole=3)
 
 
 def _standing(line: Summary) -> str:
+    return _words(line.state.value, line.label, is_applied=line.is_applied)
+
+
+def _words(state: str, label: Label, *, is_applied: bool) -> str:
     """The verdict, and `applied` beside it while the patch is in its file."""
-    word = line.state.value if line.label is Label.UNREVIEWED else line.label.value
-    return f"{word}, applied" if line.is_applied and word != State.APPLIED.value else word
+    word = state if label is Label.UNREVIEWED else label.value
+    return f"{word}, applied" if is_applied and word != State.APPLIED.value else word
 
 
 @ledger_app.command()
@@ -76,7 +80,7 @@ def show(patch_id: IdArgument, as_json: JsonOption = False) -> None:
         ("intent", proposal.intent),
         ("plan", proposal.plan_text),
         ("model", f"{proposal.model} · {proposal.edit_format}"),
-        ("state", f"{entry.state.value} · {entry.label.value}"),
+        ("state", _words(entry.state.value, entry.label, is_applied=entry.standing.is_applied)),
         *((f"gate {gate['gate']}", "passed" if gate["ok"] else gate["reason"]) for gate in proposal.gates),
         *(("event", f"{event.at[:19].replace('T', ' ')} {event.kind}") for event in entry.events),
     ]
@@ -150,7 +154,9 @@ def _private(path: str, flags: int) -> int:
 
 @ledger_app.command()
 def prune(
-    days: Annotated[float | None, typer.Option(min=0, help="Keep this many days; the setting without.")] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Keep this many days, 0 for no limit; without it the setting.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Drop what is older or larger than the settings allow."""

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # What a shell reports of a program that wrote to a pipe nobody reads: 128 and the number of SIGPIPE.
 READER_GONE = 141
+
+_MIN_CELL = 8
 
 
 def guard_streams() -> None:
@@ -122,24 +124,33 @@ def print_diff(diff: str) -> None:
         sys.stdout.write(diff)
 
 
-def print_table(
-    title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, one_line: bool = False
-) -> None:
-    """A table on stdout; cells are shown as they are, markup in them is not read.
-
-    With `one_line` each row takes one line: the last column is cut where the terminal ends.
-    """
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table on stdout; cells are shown as they are, markup in them is not read."""
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    names, cells = list(columns), [[str(cell) for cell in row] for row in rows]
-    for name in names:
-        table.add_column(name, overflow="fold", no_wrap=one_line)
-    if one_line:
-        widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
-        room = max(10, out.width - sum(widths[:-1]) - 2 * len(names[:-1]))
-        cells = [[*row[:-1], _clipped(row[-1], room)] for row in cells]
-    for row in cells:
-        table.add_row(*map(escape, row))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
     out.print(table, soft_wrap=False)
+
+
+def print_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], *, num_whole: int) -> None:
+    """A table on stdout with one line a row, cells as they are.
+
+    The first `num_whole` columns are never cut; the others share what is left of a terminal's width, and in a pipe they
+    are whole as well.
+    """
+    cells = [columns, *rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    if out.is_terminal:
+        room = out.width - sum(widths[:num_whole]) - 2 * (len(columns) - 1)
+        for index in range(num_whole, len(columns)):
+            widths[index] = min(widths[index], max(_MIN_CELL, room // (len(columns) - index)))
+            room -= widths[index]
+    for number, row in enumerate(cells):
+        fitted = [_clipped(cell, width) for cell, width in zip(row, widths, strict=True)]
+        line = "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(fitted, widths, strict=True))
+        out.print(line.rstrip(), markup=False, style=None if number else "bold", crop=False, overflow="ignore")
 
 
 def _clipped(text: str, width: int) -> str:
