@@ -4,7 +4,8 @@
     ├── UsageError                 the request is wrong: an argument, a path, a setting
     │   ├── SettingError           a setting has a value that cannot be used
     │   ├── PathError              the file is missing, outside the root, not a file
-    │   └── UnknownScopeError      no such function or class, or several of that name
+    │   ├── UnknownScopeError      no such function or class, or several of that name
+    │   └── UnknownModelError      a name that means no model
     ├── SourceError                the file's text cannot be edited: binary, too large, not UTF-8, does not parse
     ├── RefusedError               no patch is offered
     │   ├── GateError              a gate refused it; carries the verdicts
@@ -74,6 +75,12 @@ class UnknownScopeError(UsageError):
     """No function or class of that name, or several."""
 
     code = "unknown_scope"
+
+
+class UnknownModelError(UsageError):
+    """A name that means no model."""
+
+    code = "unknown_model"
 
 
 class SourceError(PlanPatchError):

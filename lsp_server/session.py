@@ -82,7 +82,8 @@ class Session:
         """The model that the settings name; `auto` looks at this machine, a relative path stands under the home.
 
         Raises:
-            ModelError: There is no such model.
+            UnknownModelError: There is no such model.
+            ModelError: There is no such folder or file.
         """
         name = self.settings.model
         return resolve(name, self._device_facts() if name == "auto" else None, folder=self.paths.home)

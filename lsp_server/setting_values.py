@@ -159,6 +159,19 @@ DEFAULT_PRESETS: Mapping[str, Preset] = {
 }
 
 
+def members(value: object) -> list[object]:
+    """A table as tables of one entry each; JSON text is read first, and anything else stays one value."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    if not isinstance(value, Mapping):
+        return [value]
+    table = cast(Mapping[object, object], value)
+    return [{name: entry} for name, entry in table.items()] or [table]
+
+
 def presets(value: object) -> dict[str, Preset]:
     """Presets by name: a table, or the same as JSON; an entry is an intent or `{title, intent}`."""
     if isinstance(value, str):

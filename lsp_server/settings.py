@@ -16,7 +16,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 # Variables with the prefix that are not settings: they say where things are, or belong to the tests.
 _NOT_SETTINGS = {"home", "config", "test_home", "long", "results"}
+_MAX_SUGGESTIONS = 3
 
 MODEL_NAMES = (
     "auto, a name of `planpatch models list`, organisation/name of a hub model, or a path such as ./model.gguf"
@@ -220,7 +221,7 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
     """Let later entries win, leaving out those that cannot be used."""
     chosen: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for entry in entries:
+    for entry in _one_by_one(entries):
         if entry.name not in _FIELDS:
             problems.append(SettingProblem(entry.source, f"there is no such setting{_nearest(entry.name)}"))
             continue
@@ -230,6 +231,7 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
         except ValueError as error:
             shown = "" if metadata["secret"] else f"{entry.value!r} cannot be used: "
             stands = f"{sources[entry.name]} stands" if entry.name in sources else "the default stands"
+            stands = "it is left out" if metadata["merge"] else stands
             problems.append(SettingProblem(entry.source, f"{shown}{error}; {stands}."))
             continue
         if metadata["merge"]:
@@ -239,9 +241,20 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
     return Settings(**chosen, sources=sources)
 
 
+def _one_by_one(entries: Iterable[_Entry]) -> Iterator[_Entry]:
+    """Tables that add to the one below, entry by entry, so that one that cannot be used takes no other with it."""
+    for entry in entries:
+        is_table = entry.name in _FIELDS and _FIELDS[entry.name].metadata["merge"]
+        for value in values.members(entry.value) if is_table else [entry.value]:
+            yield dataclasses.replace(entry, value=value)
+
+
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, SETTING_NAMES, 1)
-    return f"; did you mean {near[0]}?" if near else "."
+    """Settings with all words of the name, unless there are many; else one that is spelt almost so."""
+    words = set(name.split("_"))
+    fuller = [known for known in SETTING_NAMES if words <= set(known.split("_"))]
+    near = fuller if 0 < len(fuller) <= _MAX_SUGGESTIONS else difflib.get_close_matches(name, SETTING_NAMES, 1, 0.8)
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

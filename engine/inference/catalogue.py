@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from engine.errors import ModelError
+from engine.errors import ModelError, UnknownModelError
 
 Source = Literal["local", "hub", "pypi"]
 Quantization = Literal["fp32", "bf16", "int8", "nf4"]
@@ -30,6 +30,9 @@ _MIN_CUDA_MEMORY_BYTES = 12 * 10**9  # a card sold as 12 GB reports 11.6 to 12.0
 _MIN_CPU_CORES = 4
 _MIN_FREE_MEMORY_BYTES = 8 * 10**9
 
+_MAX_NEAREST = 3
+_MIN_BEGINNING = 3
+_MIN_SIMILARITY = 0.7
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
@@ -166,7 +169,8 @@ def resolve(name: str, device: DeviceFacts | None = None, *, folder: Path | None
         The model; whether its files are there is for the store to say.
 
     Raises:
-        ModelError: No such model; the hint names the nearest ones.
+        UnknownModelError: No such name; the hint says which are near.
+        ModelError: There is no such folder or file.
     """
     name = name.strip()
     if name.lower() == "auto":
@@ -235,22 +239,29 @@ def largest_that_fits(available_bytes: int, quantization: Quantization) -> Catal
     return max(fitting, key=lambda entry: entry.parameters, default=None)
 
 
-def unknown_model(name: str) -> ModelError:
+def unknown_model(name: str) -> UnknownModelError:
     """The error for a name that means no model.
 
     Args:
         name: What the user wrote.
 
     Returns:
-        The error, with the nearest names as its hint.
+        The error, with the nearest names, if some are near, in its hint.
     """
-    nearest = difflib.get_close_matches(name.lower(), catalogue(), n=3, cutoff=0.4) or list(catalogue())
-    return ModelError(
+    nearest = _nearest(name.strip().lower())
+    named = f"Nearest names: {', '.join(nearest)}" if nearest else "planpatch models list shows the names"
+    return UnknownModelError(
         f"There is no model named {name!r}",
-        hint=f"Nearest names: {', '.join(nearest)}. A hub model is written organisation/name; a folder or GGUF file is "
-        "a path that starts with ./ or / or a drive letter; auto chooses one for this machine.",
+        hint=f"{named}. A hub model is written organisation/name; a folder or GGUF file is a path that starts with ./ "
+        "or / or a drive letter; auto chooses one for this machine.",
         nearest=nearest,
     )
+
+
+def _nearest(name: str) -> list[str]:
+    """Names that begin so, else those that are spelt almost so, the nearest first."""
+    begun = [known for known in catalogue() if known.startswith(name)] if len(name) >= _MIN_BEGINNING else []
+    return begun[:_MAX_NEAREST] or difflib.get_close_matches(name, catalogue(), _MAX_NEAREST, _MIN_SIMILARITY)
 
 
 def _catalogue_ref(entry: CatalogueEntry) -> ModelRef:

@@ -245,7 +245,7 @@ class ModelStore:
             Its line.
 
         Raises:
-            ModelError: There is no such model.
+            UnknownModelError: There is no such model.
         """
         return self._info(self._known_name(name))
 
@@ -259,7 +259,8 @@ class ModelStore:
             Bytes freed.
 
         Raises:
-            ModelError: There is no such model, it is not on this machine, or it is being pulled.
+            UnknownModelError: There is no such model.
+            ModelError: It is not on this machine, or it is being pulled.
             UsageError: The name is a folder or file of the user.
             WriteError: It cannot be deleted.
         """

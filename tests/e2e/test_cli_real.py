@@ -327,8 +327,8 @@ BAD_FILES = {
         ("bits.py --plan-id pl_none", 2, "usage: There is no plan 'pl_none' in ", "The ledger is empty."),
         (
             "bits.py -f bitcount --model qwen2.5-coder-0.6b",
-            3,
-            "model: There is no model named 'qwen2.5-coder-0.6b'",
+            2,
+            "unknown_model: There is no model named 'qwen2.5-coder-0.6b'",
             "Nearest names: qwen2.5-coder-0.5b-instruct",
         ),
         (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import ModelError
+from engine.errors import ModelError, UnknownModelError
 from engine.inference.catalogue import (
     DeviceFacts,
     auto_name,
@@ -123,21 +123,24 @@ def test_a_missing_path_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("qwen3-8", "qwen3-8b"),
-        ("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b-instruct"),
-        ("smollm", "smollm2-135m-instruct"),
-        ("", "qwen3-8b"),
-        ("../x/y/z", ""),
-        ("org/../x", "qwen3-8b"),
-        ("a/b/c", "qwen3-8b"),
+        ("qwen3-8", ["qwen3-8b"]),
+        ("qwen3-40b", ["qwen3-4b", "qwen3-8b"]),
+        ("Qwen2.5-coder-0.5b", ["qwen2.5-coder-0.5b-instruct"]),
+        ("smollm", ["smollm2-135m-instruct"]),
+        ("", []),
+        ("gpt-4", []),
+        ("org/../x", []),
+        ("a/b/c", []),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: str) -> None:
-    with pytest.raises(ModelError) as caught:
+def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: list[str]) -> None:
+    with pytest.raises(UnknownModelError) as caught:
         resolve(name)
-    assert nearest in caught.value.hint
-    if nearest:
-        assert caught.value.message == f"There is no model named {name!r}"
+    assert (caught.value.message, caught.value.exit_code) == (f"There is no model named {name!r}", 2)
+    assert caught.value.details["nearest"] == nearest
+    assert caught.value.hint.startswith(
+        f"Nearest names: {', '.join(nearest)}. " if nearest else "planpatch models list shows the names. "
+    )
 
 
 def test_memory_needs_and_what_fits() -> None:

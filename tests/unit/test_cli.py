@@ -419,7 +419,7 @@ def test_a_rejected_patch_stays_in_its_file_until_it_is_rolled_back(planpatch: D
 
 def test_a_model_that_is_unknown_or_not_here_cannot_be_removed(planpatch: Desk) -> None:
     said = planpatch("models", "rm", "qwen3-40b")
-    assert (said.code, said.err.splitlines()[0]) == (3, "model: There is no model named 'qwen3-40b'")
+    assert (said.code, said.err.splitlines()[0]) == (2, "unknown_model: There is no model named 'qwen3-40b'")
     assert "qwen3-4b" in said.err.splitlines()[1]
     error = planpatch("models", "rm", "qwen3-4b", "--json").json["error"]
     assert (error["code"], error["message"].split(" (")[0]) == ("model", "The model qwen3-4b is not on this machine")

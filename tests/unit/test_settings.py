@@ -113,6 +113,11 @@ def test_environment_variables_old_and_new(variables: dict[str, str], expected: 
         ({"env": {"GEN_PLAN": "[16]"}}, "environment variable GEN_PLAN: expected a JSON object; it is ignored."),
         ({"env": {"GEN_PATCH": '{"max_new_token": 3}'}},
          "environment variable GEN_PATCH: max_new_token: there is no such setting; did you mean patch_max_new_tokens?"),
+        ({"cli": {"temperature": 1}},
+         "command line: --temperature: there is no such setting; did you mean plan_temperature or patch_temperature?"),
+        ({"cli": {"plan_tokens": 1}},
+         "command line: --plan-tokens: there is no such setting; did you mean plan_max_new_tokens?"),
+        ({"cli": {"patch_min_p": 1}}, "command line: --patch-min-p: there is no such setting."),
         ({"env": {"PLANPATCH_MODLE": "x"}},
          "environment variable PLANPATCH_MODLE: there is no such setting; did you mean model?"),
         ({"cli": {"quantization": "int4"}},
@@ -133,7 +138,7 @@ def test_environment_variables_old_and_new(variables: dict[str, str], expected: 
          " expected scheme://host or scheme://host:port; the default stands."),
         ({"lsp": {"presets": {"Bad Name": "x"}}},
          "editor setting planpatch.presets: {'Bad Name': 'x'} cannot be used: 'Bad Name' is no preset name;"
-         " expected small letters, digits and hyphens, at most 40; the default stands."),
+         " expected small letters, digits and hyphens, at most 40; it is left out."),
         ({"lsp": {"ledgerMaxBytes": "lots"}},
          "editor setting planpatch.ledgerMaxBytes: 'lots' cannot be used:"
          " expected a size such as 500MB; the default stands."),
@@ -227,6 +232,19 @@ def test_a_file_that_is_named_and_missing_is_a_problem(tmp_path: Path) -> None:
     assert settings == Settings()
     missing.touch()
     assert load_settings(user_toml=missing, env={"PLANPATCH_CONFIG": str(missing)})[1] == []
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_preset_that_cannot_be_used_takes_no_other_with_it(as_json: bool) -> None:
+    table = {"good": "Say 🐍.", "Bad Name": "x", "empty": " ", "simplify": {"title": "Less", "intent": "Less code."}}
+    sources = {"env": {"PLANPATCH_PRESETS": json.dumps(table)}} if as_json else {"lsp": {"presets": table}}
+    settings, problems = load_settings(**sources)  # type: ignore[arg-type]
+    assert [name for name in settings.presets if name not in DEFAULT_PRESETS] == ["good"]
+    assert settings.presets["simplify"].intent == "Less code."
+    assert [str(problem).partition(" cannot be used: ")[2] for problem in problems] == [
+        "'Bad Name' is no preset name; expected small letters, digits and hyphens, at most 40; it is left out.",
+        "preset 'empty': expected an intent of 1 to 1000 characters; it is left out.",
+    ]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("model", "auto, a name of"), ("adapter", "an adapter folder, auto")])

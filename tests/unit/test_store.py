@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from engine.errors import CancelledError, ModelError, UsageError, WriteError
+from engine.errors import CancelledError, ModelError, UnknownModelError, UsageError, WriteError
 from engine.inference.catalogue import ModelRef, Quantization, resolve
 from engine.inference.store import ModelStore, Progress
 from engine.inference.store_files import disk_free_bytes, gigabytes, put_in_place, rename
@@ -410,7 +410,7 @@ def test_list_and_show_say_what_is_there(store: ModelStore, pulled: ModelRef) ->
     shown = json.loads(json.dumps(store.show("org/tiny").to_json()))
     assert (shown["state"], shown["source"], shown["hub_id"]) == ("ready", "local", "org/tiny")
     assert store.show("Qwen/Qwen3-8B").to_json()["memory_bytes"]["int8"] > 9e9
-    with pytest.raises(ModelError, match="There is no model named 'qwen4'"):
+    with pytest.raises(UnknownModelError, match="There is no model named 'qwen4'"):
         store.show("qwen4")
 
 
