@@ -24,6 +24,18 @@ def text(value: object) -> str:
     raise ValueError("expected text on one line")
 
 
+def prompt_text(value: object) -> str:
+    """Text on one line that a model can read: UTF-8."""
+    return _readable(text(value))
+
+
+def _readable(words: str) -> str:
+    """A variable with other bytes comes with lone surrogates, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in words):
+        raise ValueError("expected text in UTF-8")
+    return words
+
+
 def named(expected: str) -> Parser:
     """Text on one line that is not empty; `expected` says what may stand there."""
 
@@ -194,4 +206,4 @@ def _preset(name: str, entry: object) -> Preset:
         raise ValueError(f"preset {name!r}: expected an intent of 1 to 1000 characters")
     if not isinstance(title, str) or not title.strip() or len(title) > 80:
         raise ValueError(f"preset {name!r}: expected a title of 1 to 80 characters")
-    return Preset(name, title.strip(), intent.strip())
+    return Preset(name, _readable(title.strip()), _readable(intent.strip()))

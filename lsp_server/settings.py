@@ -126,7 +126,7 @@ class Settings:
     patch_top_p: float = _setting(1.0, values.real(0, 1))
     surroundings_chars: int = _setting(1200, values.integer(0, 1_000_000), variable="OLLAMA_CTX_CHARS", workspace=True)
     context_tokens: int = _setting(1024, values.integer(0, 131_072), variable="CTX_LIMIT", workspace=True)
-    style: str = _setting("", values.text, workspace=True)
+    style: str = _setting("", values.prompt_text, workspace=True)
     presets: Mapping[str, Preset] = _setting(DEFAULT_PRESETS, values.presets, workspace=True, merge=True)
     clean_response: bool = _setting(True, values.boolean, variable="CLEAN_RESP")
     ledger_retention_days: int = _setting(30, values.integer(0, 36_500))

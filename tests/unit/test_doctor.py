@@ -403,9 +403,7 @@ def test_without_a_model_the_last_line_says_that_one_has_to_be_pulled_first(
 
 
 def test_the_last_line_counts_the_warnings() -> None:
-    well, odd, model = (
-        Check(name, level, "…") for name, level in (("a", "ok"), ("b", "warning"), ("model", "warning"))
-    )
+    well, odd, model = Check("a", "ok", "…"), Check("b", "warning", "…"), Check("model", "warning", "…")
     assert verdict([well]) == "Everything needed works."
     assert verdict([well, odd]) == "Everything needed works. 1 warning: see above."
     assert verdict([model, odd]).endswith("with the command above. 2 warnings: see above.")
