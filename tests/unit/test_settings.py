@@ -119,7 +119,8 @@ def test_environment_variables_old_and_new(variables: dict[str, str], expected: 
          "command line: --plan-tokens: there is no such setting; did you mean plan_max_new_tokens?"),
         ({"cli": {"patch_min_p": 1}}, "command line: --patch-min-p: there is no such setting."),
         ({"env": {"PLANPATCH_STYLE": "a\udcff"}},
-         "environment variable PLANPATCH_STYLE: 'a\\udcff' cannot be used: expected text in UTF-8; the default stands."),
+         "environment variable PLANPATCH_STYLE:"
+         " 'a\\udcff' cannot be used: expected text in UTF-8; the default stands."),
         ({"lsp": {"presets": {"a": "b\ud800"}}},
          "editor setting planpatch.presets: {'a': 'b\\ud800'} cannot be used: expected text in UTF-8; it is left out."),
         ({"env": {"PLANPATCH_MODLE": "x"}},
