@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 
-_OF_A_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+_OF_A_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _INSTALL_CUDA = "Install planpatch[cuda], or choose the quantization bf16"
 
 
@@ -240,19 +240,23 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
     arguments["ignore_mismatched_sizes"] = True  # so that they are told below, by name
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     model, read = loaded
-    _check_complete(read["missing_keys"], read["mismatched_keys"], read["unexpected_keys"])
+    num_layers = model.config.get_text_config().num_hidden_layers
+    further = [
+        name for name in read["unexpected_keys"] if (of := _OF_A_LAYER.search(name)) and int(of[1]) >= num_layers
+    ]
+    _check_complete(read["missing_keys"], read["mismatched_keys"], further)
     model.requires_grad_(False)
     return model
 
 
-def _check_complete(missing: Iterable[str], mismatched: Iterable[Any], unexpected: Iterable[str]) -> None:
+def _check_complete(missing: Iterable[str], mismatched: Iterable[Any], further: Iterable[str]) -> None:
     """Transformers would fill what is missing or of another shape with noise, and leave further layers out."""
     if lacking := sorted(missing):
         raise ValueError(f"its weights lack {len(lacking)} tensors, such as {lacking[0]}")
     if differing := sorted(entry[0] for entry in mismatched):
         raise ValueError(f"{len(differing)} of its tensors have another shape than config.json says: {differing[0]}, …")
-    if further := sorted(name for name in unexpected if _OF_A_LAYER.search(name)):
-        raise ValueError(f"config.json leaves out {len(further)} tensors of its layers, such as {further[0]}")
+    if left_out := sorted(further):
+        raise ValueError(f"config.json leaves out {len(left_out)} tensors of its layers, such as {left_out[0]}")
 
 
 @contextmanager
