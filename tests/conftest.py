@@ -1,7 +1,7 @@
 """What every test gets: an environment of its own, no network, and the real 0.5B where it asks for it.
 
 Everything that PlanPatch would read from the environment is removed, so that no test depends on the shell it was
-started from. PLANPATCH_TEST_…, _LONG, _SLOW, _RESULTS and _BENCH… steer the run itself and stay.
+started from. What steers the run itself is read first (steering.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 
 from engine.inference.loading import set_runtime_defaults
 from tests.results import Figure, Run, write_summary
+from tests.steering import TEST_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("unit", "integration", "e2e")
@@ -29,7 +30,7 @@ SLOW = os.environ.get("PLANPATCH_SLOW") == "1"
 RESULTS = os.environ.get("PLANPATCH_RESULTS")
 TEST_HOME = Path(os.environ.get("PLANPATCH_TEST_HOME") or ROOT / ".venv" / "test-home").resolve()
 _OURS = re.compile(
-    r"PLANPATCH_(?!(TEST_.*|LONG|SLOW|RESULTS|BENCH.*)$).*|(QWEN|GEN)_.*|TORCH_DTYPE|ADAPTER_PATH|CTX_LIMIT|CLEAN_RESP|OLLAMA_CTX_CHARS"
+    r"PLANPATCH_(?!(TEST_HOME|LONG|RESULTS)$).*|(QWEN|GEN)_.*|TORCH_DTYPE|ADAPTER_PATH|CTX_LIMIT|CLEAN_RESP|OLLAMA_CTX_CHARS"
 )
 
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True)
@@ -149,8 +150,8 @@ def model_folder_05b(test_home: Path) -> Path:
     from engine.inference.catalogue import resolve
     from engine.inference.store import ModelStore
 
-    if named := os.environ.get("PLANPATCH_TEST_MODEL"):
-        return Path(named).resolve()
+    if TEST_MODEL:
+        return Path(TEST_MODEL).resolve()
     try:
         return ModelStore(test_home).get(resolve("qwen2.5-coder-0.5b-instruct")).folder
     except ModelError as error:

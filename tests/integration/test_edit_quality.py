@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from lsp_server.cli import main
+from tests.steering import BENCH, BENCH_PYTHON, BENCH_RESULTS
 
 RecordFigure = Callable[[str, float | int | str, str], None]
 
@@ -40,10 +40,9 @@ _BARS = {
 
 @pytest.fixture(scope="module")
 def bench() -> Path:
-    folder = os.environ.get("PLANPATCH_BENCH")
-    if not folder:
+    if not BENCH:
         pytest.skip("PLANPATCH_BENCH names no folder with dev.jsonl and check.py")
-    return Path(folder).resolve()
+    return Path(BENCH).resolve()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def run_bench(cases: Path, out: Path, *options: str) -> None:
 
 def score(bench: Path, out: Path, scored: Path) -> dict[str, dict[str, Any]]:
     """What the tasks' checker says of each result, by id."""
-    python = os.environ.get("PLANPATCH_BENCH_PYTHON", sys.executable)
+    python = BENCH_PYTHON or sys.executable
     command = [sys.executable, str(bench / "check.py"), str(out), "--tasks", str(bench / "dev.jsonl")]
     done = subprocess.run([*command, "--python", python, "--details", str(scored)], check=False)
     assert done.returncode == 0, f"{python} lacks packages that the tasks need: pip install -r requirements-bench.txt"
@@ -95,10 +94,9 @@ def test_edit_quality_of_results_made_on_a_gpu(
     tmp_path: Path,
     record_figure: RecordFigure,
 ) -> None:
-    folder = os.environ.get("PLANPATCH_BENCH_RESULTS")
-    if not folder:
+    if not BENCH_RESULTS:
         pytest.skip("PLANPATCH_BENCH_RESULTS names no folder with results")
-    out = Path(folder).resolve() / f"{model[0]}{model[2]}-{edit_format}-{plan}.jsonl"
+    out = Path(BENCH_RESULTS).resolve() / f"{model[0]}{model[2]}-{edit_format}-{plan}.jsonl"
     machine = (out.parent / "machine.txt").read_text(encoding="utf-8").strip()
     judge((model, edit_format, plan), machine, out, bench, tasks, tmp_path, record_figure)
 
