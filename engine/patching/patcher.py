@@ -57,6 +57,7 @@ Listener = Callable[[Stage, str], None]
 
 MAX_INTENT_CHARS = 20_000
 _LEAST_SECOND_CHOICE = 0.02  # a model that is surer than this that nothing should change is believed
+# Ledgers hold this sentence, and a stored patch is known by it: whoever rewords it keeps the old one known.
 _SECOND_CHOICE = (
     "The model's likeliest answer left the code as it is; this one goes on from a second choice. Look at it closely."
 )

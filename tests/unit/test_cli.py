@@ -9,15 +9,14 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from engine.errors import PathError
 from lsp_server import cli, patch_command
 from lsp_server.cli_options import open_session
+from tests.command_line import Said
 from tests.scripted_engine import Reply, Script, ScriptedEngine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,19 +28,6 @@ ONES = '@cache  # for a day\ndef ones(n):\n\t"""Count ones."""\n\t# Zero has non
 NEW_ONES = f"{ONES}\treturn n.bit_count()\n"
 PATCHED = BITS.replace(b"return bit()", b"return n.bit_count()")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="links and modes as POSIX has them")
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a command printed, and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 class Desk:
