@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from engine.errors import ModelError
 from engine.inference.mending import mending_hint
@@ -23,6 +23,7 @@ from engine.inference.tokenizer import HFChatTokenizer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
@@ -183,6 +184,8 @@ def load_model(
     chosen = choose_quantization(quantization, device)
     import torch
 
+    from engine.inference.head import make_leading_logits_exact
+
     try:
         with _quiet_transformers():
             model = _read_weights(folder, device, chosen, dtype)
@@ -197,6 +200,8 @@ def load_model(
         raise ModelError(
             f"{name} cannot be loaded from {folder}: {_reason(fault)}", hint=mending_hint(folder)
         ) from fault
+    head = _head(model)
+    make_leading_logits_exact(head)
     return LoadedModel(
         name=name,
         digest=digest,
@@ -206,7 +211,7 @@ def load_model(
         device=torch.device(device),
         quantization=chosen,
         context_length=context_length_of(folder),
-        vocab_size=_vocab_size(model),
+        vocab_size=int(head.weight.shape[0]),
     )
 
 
@@ -216,10 +221,10 @@ def _reason(fault: Exception) -> str:
     return words if isinstance(fault, (OSError, ValueError, RuntimeError)) else f"{type(fault).__name__}: {words}"
 
 
-def _vocab_size(model: PreTrainedModel) -> int:
+def _head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has a head"
-    return int(head.weight.shape[0])
+    return cast("nn.Linear", head)
 
 
 def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from engine.errors import RefusedError
 from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import LoadedModel, load_model
 from engine.inference.protocol import (
     Completion,
+    Engine,
     FinishReason,
     GenerationRequest,
     Grammar,
@@ -26,6 +30,9 @@ from engine.inference.protocol import (
     Token,
     complete,
 )
+from engine.patching.patcher import Patcher, PatcherOptions
+from engine.patching.scopes import find_scope
+from engine.patching.source import Source
 
 MAX_TIE = 0.25
 FUNCTION = "def clamp(x, low, high):\n    if x < low:\n        return high\n    return min(x, high)\n"
@@ -33,6 +40,49 @@ TEXTS = [
     f"Fix the bug:\n```python\n{FUNCTION}```",
     "Write a Python function that adds two numbers. 🙂",
     "한국어로 한 문장으로 파이썬을 설명해 줘.",
+]
+EDITS = [  # function, intent
+    (FUNCTION, "return low when x is too small"),
+    (
+        """def mean(values):
+    total = 0
+    for value in values:
+        total += value
+    return total / len(values)
+""",
+        "return 0.0 for an empty list",
+    ),
+    (
+        """def parse_pairs(text):
+    pairs = {}
+    for line in text.splitlines():
+        key, value = line.split('=')
+        pairs[key] = value
+    return pairs
+""",
+        "strip whitespace around key and value and skip blank lines",
+    ),
+    (
+        """def retry(action, times):
+    for attempt in range(times):
+        try:
+            return action()
+        except Exception:
+            pass
+""",
+        "raise the last exception when every attempt failed",
+    ),
+    ("def greet(name):\n    return 'Hello ' + name + '! 🙂'\n", "add type hints and a docstring, and use an f-string"),
+    (
+        """def unique(items):
+    found = []
+    for item in items:
+        if item not in found:
+            found.append(item)
+    return found
+""",
+        "use a set for the lookup so that it is linear",
+    ),
 ]
 
 
@@ -226,30 +276,66 @@ def test_an_adapter_for_another_base_is_refused_by_name(fp32: Bench, tmp_path: P
     assert fp32.engine.status().adapter is None
 
 
+@dataclass
+class RecordingEngine:
+    """An engine that keeps every request with its completion."""
+
+    engine: InProcessEngine
+    generations: list[tuple[GenerationRequest, Completion]] = field(default_factory=list)
+    requests: dict[str, GenerationRequest] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.engine, name)
+
+    def submit(self, request: GenerationRequest) -> str:
+        request_id = self.engine.submit(request)
+        self.requests[request_id] = request
+        return request_id
+
+    def stream(self, request_id: str) -> Iterator[Token | Completion]:
+        for event in self.engine.stream(request_id):
+            if isinstance(event, Completion):
+                self.generations.append((self.requests[request_id], event))
+            yield event
+
+
 @pytest.mark.long
 def test_bf16_differs_from_its_reference_only_at_ties(
     model_folder_05b: Path, record_figure: Callable[[str, float | int | str, str], None]
 ) -> None:
+    """Every token of PLANs and PATCHes as the product makes them, and of three chats, each against its own prefix."""
     from engine.inference.reference import reference_step
 
     bench = Bench(model_folder_05b, "bf16")
-    params = SamplingParams(max_new_tokens=64, repetition_penalty=1.03)
-    num_tokens, ties = 0, []
+    engine = RecordingEngine(bench.engine)
+    patcher = Patcher(cast(Engine, engine), None, PatcherOptions(num_repairs=0, num_forks=0))
+    for function, intent in EDITS:
+        source = Source.from_text(function, path="edit.py")
+        scope = find_scope(source, name=function.split("(")[0].removeprefix("def "))
+        plan = patcher.plan(source, scope, intent)
+        with suppress(RefusedError):
+            patcher.patch(source, scope, intent, plan=plan)
+        with suppress(RefusedError):
+            patcher.patch(source, scope, intent)
     for text in TEXTS:
-        prompt = bench.prompt(text)
-        generated = list(bench.generate(prompt, params).token_ids)
-        for index, token_id in enumerate(generated):
-            step = reference_step(
-                bench.loaded.model, [*prompt, *generated[:index]], repetition_penalty=params.repetition_penalty
-            )
+        request = GenerationRequest(bench.prompt(text), SamplingParams(max_new_tokens=64, repetition_penalty=1.03))
+        engine.generations.append((request, complete(bench.engine, request)))
+    num_tokens, ties = 0, []
+    for request, completion in engine.generations:
+        for index, token_id in enumerate(completion.token_ids):
+            before = [*request.prompt_token_ids, *completion.token_ids[:index]]
+            penalty = request.params.repetition_penalty
+            step = reference_step(bench.loaded.model, before, repetition_penalty=penalty)
             num_tokens += 1
             if step.token_id != token_id:
-                ties.append((text[:20], index, step.gap))
+                ties.append((bench.engine.tokenizer.decode(before[-8:]), index, step.gap))
     bench.engine.close()
     record_figure("bf16 tokens that differ from the reference", len(ties), f"of {num_tokens}")
+    record_figure("their leads in the reference", ", ".join(f"{gap:.3f}" for *_, gap in ties), "logits")
     print(ties)
-    assert all(gap <= MAX_TIE for _, _, gap in ties), ties
-    assert len(ties) <= max(1, 0.005 * num_tokens), ties
+    assert num_tokens > 600
+    assert all(gap <= MAX_TIE for *_, gap in ties), ties
+    assert len(ties) <= 0.005 * num_tokens, ties
 
 
 def make_adapter(loaded: LoadedModel, folder: Path, *, rows_missing: int = 0) -> Path:
