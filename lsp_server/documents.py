@@ -100,6 +100,28 @@ class Document:
         """Lines, an empty last one included."""
         return len(self._starts)
 
+    def line_text(self, line: int) -> str:
+        """A line without its end.
+
+        Args:
+            line: 0-based.
+
+        Returns:
+            Its text; empty behind the last one.
+        """
+        return self._line(line)[1] if 0 <= line < self.num_lines else ""
+
+    def num_units_of_line(self, line: int) -> int:
+        """Length of a line in the client's units, its end left out.
+
+        Args:
+            line: 0-based.
+
+        Returns:
+            Code units.
+        """
+        return self._num_units(self.line_text(line))
+
     def offset(self, position: Position) -> int:
         """Index into `text` of a position; what lies behind a line's or the document's end means that end.
 

@@ -57,6 +57,11 @@ class Paths:
         return self.home / "runtime.json"
 
     @property
+    def servers(self) -> Path:
+        """One small file for each running language server."""
+        return self.home / "servers"
+
+    @property
     def training(self) -> Path:
         """Everything that training reads and writes."""
         return self.home / "training"

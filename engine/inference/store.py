@@ -359,6 +359,7 @@ class ModelStore:
             raise ModelError(
                 f"The model {ref.argument} is not on this machine{begun} ({folder})",
                 hint=f"planpatch models pull {ref.argument}",
+                absent=True,
             )
         try:
             return self._local(read_manifest(folder), self._digest_check(progress))

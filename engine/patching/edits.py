@@ -277,6 +277,69 @@ def apply_edits(source: Source, edits: Sequence[Edit], *, keep_newlines: bool = 
     return Source(source.path, tuple(lines), tuple(eols), source.bom)
 
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """New text for a part of a text; `start` and `end` count code points of `Source.text`."""
+
+    start: int
+    end: int
+    text: str
+
+
+def replacements(source: Source, edits: Sequence[Edit]) -> list[Replacement]:
+    """The edits as an editor applies them: exact text for exact text, terminators included.
+
+    Args:
+        source: The text whose lines the edits count.
+        edits: Edits that do not overlap.
+
+    Returns:
+        One for each edit, in the order of the text; a single one where they meet at the end of the file. Applied
+        together they give the text of `apply_edits`.
+
+    Raises:
+        AnchorError: Lines beyond the file, or two edits of one line.
+    """
+    in_order = ordered(source, edits)
+    target = apply_edits(source, in_order)
+    parts = [_replacement(source, apply_edits(source, [edit])) for edit in in_order]
+    if replaced(source.text, parts) == target.text:
+        return parts
+    return [_replacement(source, target)]
+
+
+def replaced(text: str, parts: Sequence[Replacement]) -> str:
+    """A text after replacements.
+
+    Args:
+        text: The text before.
+        parts: In its order.
+
+    Returns:
+        The text after; where parts overlap, text is lost.
+    """
+    pieces: list[str] = []
+    end = 0
+    for part in parts:
+        pieces += [text[end : part.start], part.text]
+        end = part.end
+    return "".join([*pieces, text[end:]])
+
+
+def _replacement(before: Source, after: Source) -> Replacement:
+    """The whole lines that differ."""
+    old, new = _exact_lines(before), _exact_lines(after)
+    head = _num_common(old, new)
+    tail = _num_common(old[head:][::-1], new[head:][::-1])
+    start = sum(map(len, old[:head]))
+    middle = sum(map(len, old[head : len(old) - tail]))
+    return Replacement(start, start + middle, "".join(new[head : len(new) - tail]))
+
+
+def _exact_lines(source: Source) -> list[str]:
+    return [line + eol for line, eol in zip(source.lines, source.eols, strict=True)]
+
+
 def diff_edits(before: Source, after_lines: Sequence[str], region: Scope | tuple[int, int]) -> list[Edit]:
     """The minimal hunks that turn a region's lines into others.
 

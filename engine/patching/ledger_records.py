@@ -22,6 +22,8 @@ from engine.patching.source import Source
 Surface = Literal["cli", "http", "lsp", "bench"]
 Operation = Literal["apply", "rollback", "redo"]
 
+UNDONE = "undone"  # reason of a roll-back by the editor's own undo: a reject, until the editor's redo
+
 _JSON_FIELDS = ("feedback", "settings", "imports", "gates", "repairs", "timings", "error")
 
 
@@ -364,12 +366,14 @@ def add_up(events: Iterable[Event]) -> Standing:
     """
     standing = Standing()
     implicit, explicit = Label.UNREVIEWED, None
-    ever_fit = True
+    ever_fit, was_undone = True, False
     for event in events:
         match event.kind:
             case "refused":
                 standing = replace(standing, state=State.REFUSED)
             case "applied" | "redone":
+                implicit = Label.UNREVIEWED if was_undone else implicit
+                was_undone = False
                 explicit = None if explicit is Label.ROLLED_BACK else explicit
                 ever_fit = True
                 hunks = tuple(event.data["hunks"])
@@ -378,6 +382,9 @@ def add_up(events: Iterable[Event]) -> Standing:
                 ever_fit = False
                 hunks = tuple(event.data["hunks"])
                 standing = replace(standing, state=State.DIVERGED, is_applied=True, hunks=hunks)
+            case "rolled_back" if event.data.get("reason") == UNDONE:
+                implicit, was_undone = Label.REJECTED, True
+                standing = replace(standing, state=State.REJECTED, is_applied=False)
             case "rolled_back":
                 explicit = Label.ROLLED_BACK
                 standing = replace(standing, state=State.ROLLED_BACK, is_applied=False)

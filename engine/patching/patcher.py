@@ -40,8 +40,9 @@ from engine.inference.protocol import (
 )
 from engine.inference.text_stop import StopText
 from engine.patching.context import Context, build_context
+from engine.patching.directives import without_directives
 from engine.patching.divergence import Fork, likeliest_forks
-from engine.patching.edits import Edit, apply_edits, edits_from_json, resolve_anchors, unified_diff
+from engine.patching.edits import Edit, apply_edits, diff_edits, edits_from_json, resolve_anchors, unified_diff
 from engine.patching.formats import FORMATS, Answer, EditFormat, FormatName, strip_thinking
 from engine.patching.gates import GateReport, Verdict, run_gates
 from engine.patching.ledger import Ledger, request_key
@@ -302,10 +303,12 @@ class _Attempt:
 
 @dataclass(slots=True)
 class _Job:
-    """One PATCH on its way."""
+    """One PATCH on its way; the model is shown `view`, which is `source` unless directives were left out of it."""
 
     source: Source
     scope: Scope
+    view: Source
+    view_scope: Scope
     task: Task
     plan_text: str
     edit_format: EditFormat
@@ -348,13 +351,22 @@ class Patcher:
 
     # --- plan -----------------------------------------------------------------------------------------------------
 
-    def plan(self, source: Source, scope: Scope, intent: str, *, listener: Listener | None = None) -> Plan:
+    def plan(
+        self,
+        source: Source,
+        scope: Scope,
+        intent: str,
+        *,
+        drop_directives: bool = False,
+        listener: Listener | None = None,
+    ) -> Plan:
         """Write a plan.
 
         Args:
             source: The file.
             scope: What to change.
             intent: What the user wants.
+            drop_directives: The intent came from the scope's directives, so the model is not shown them.
             listener: Called with `plan` and each piece of text.
 
         Returns:
@@ -366,7 +378,7 @@ class Patcher:
             CancelledError: The request was cancelled.
         """
         started_at = time.monotonic()
-        job = self._job(source, scope, intent, None, None, "")
+        job = self._job(source, scope, intent, None, None, "", drop_directives)
         self._check_patch_fits(job)
         context = job.task.context
         messages = plan_messages(job.task)
@@ -417,6 +429,7 @@ class Patcher:
         feedback: Feedback | None = None,
         preset: str = "",
         fresh: bool = False,
+        drop_directives: bool = False,
         listener: Listener | None = None,
     ) -> Patch:
         """Write a patch and prove it.
@@ -429,6 +442,7 @@ class Patcher:
             feedback: On an earlier patch.
             preset: Name of the preset that the intent came from.
             fresh: Do not return what the ledger has for the same request.
+            drop_directives: Remove the scope's directives (`# pp: …`), which the intent came from.
             listener: Called with `patch` or `repair` and each piece of text.
 
         Returns:
@@ -443,7 +457,7 @@ class Patcher:
         """
         if plan is not None and plan.base_sha256 != source.sha256:
             raise StaleTextError(f"{source.path} changed since the plan was made", hint="Plan again.", plan_id=plan.id)
-        job = self._job(source, scope, intent, plan, feedback, preset)
+        job = self._job(source, scope, intent, plan, feedback, preset, drop_directives)
         if not fresh and (known := self._known(job)) is not None:
             return known
         try:
@@ -455,10 +469,18 @@ class Patcher:
         return replace(patch, id=self._keep(job, plan, preset, patch)) if self.ledger else patch
 
     def _job(
-        self, source: Source, scope: Scope, intent: str, plan: Plan | None, feedback: Feedback | None, preset: str
+        self,
+        source: Source,
+        scope: Scope,
+        intent: str,
+        plan: Plan | None,
+        feedback: Feedback | None,
+        preset: str,
+        drop_directives: bool,
     ) -> _Job:
         check_intent(intent)
-        task = Task(self._fitting_context(source, scope), intent, self.options.style, feedback)
+        view, view_scope = without_directives(source, scope) if drop_directives else (source, scope)
+        task = Task(self._fitting_context(view, view_scope), intent, self.options.style, feedback)
         plan_text = plan.text if plan else ""
         edit_format = FORMATS[self._format_name(scope)]
         status = self.engine.status()
@@ -475,7 +497,7 @@ class Patcher:
             prompt_version=PROMPT_VERSION,
             settings=self._key_settings(),
         )
-        return _Job(source, scope, task, plan_text, edit_format, key, time.monotonic())
+        return _Job(source, scope, view, view_scope, task, plan_text, edit_format, key, time.monotonic())
 
     def _key_settings(self) -> dict[str, Any]:
         patch = self.options.patch
@@ -500,7 +522,7 @@ class Patcher:
 
     def _attempts(self, job: _Job, listener: Listener | None) -> _Attempt:
         """Ask and prove; where nothing changed follow second choices, else ask again with the gate's reason."""
-        messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
+        messages = job.edit_format.messages(job.view, job.view_scope, job.task, job.plan_text)
         attempt = self._attempt(job, messages, "patch", listener)
         num_repairs = 0
         while (refused := attempt.report.refused) is not None:
@@ -520,7 +542,7 @@ class Patcher:
         return attempt
 
     def _attempt(self, job: _Job, messages: Sequence[Message], stage: Stage, listener: Listener | None) -> _Attempt:
-        grammar = job.edit_format.grammar(job.source, job.scope)
+        grammar = job.edit_format.grammar(job.view, job.view_scope)
         params = self.options.patch.params(
             self._patch_budget(job),
             stop=job.edit_format.stop(job.task),
@@ -535,9 +557,12 @@ class Patcher:
 
     def _judged(self, job: _Job, request: GenerationRequest, completion: Completion, text: str) -> _Attempt:
         job.num_attempts += 1
-        answer = job.edit_format.read(text, job.source, job.scope)
-        edits, imports = _with_imports(job.source, job.scope, answer)
-        report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
+        answer = job.edit_format.read(text, job.view, job.view_scope)
+        edits, imports = _with_imports(job.view, job.view_scope, answer)
+        report = run_gates(job.view, job.view_scope, edits, imports=imports, expected_sha256=job.view.sha256)
+        if report.patched is not None and job.view is not job.source:
+            edits = diff_edits(job.source, report.patched.lines, (1, job.source.num_lines))
+            report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
         return _Attempt(request, completion, text, report, imports)
 
     def _second_choice(self, job: _Job, unchanged: _Attempt, listener: Listener | None) -> _Attempt | None:
@@ -594,7 +619,7 @@ class Patcher:
 
     def _check_patch_fits(self, job: _Job) -> None:
         """Refuse a function that PATCH could not write, before PLAN has read it for minutes."""
-        messages = job.edit_format.messages(job.source, job.scope, job.task, job.plan_text)
+        messages = job.edit_format.messages(job.view, job.view_scope, job.task, job.plan_text)
         num_tokens = len(self.engine.tokenizer.encode_chat(messages, prefill=job.edit_format.prefill(job.task)))
         with _named(job.scope):
             check_length(num_tokens, self._patch_budget(job), self.engine.status().context_length)

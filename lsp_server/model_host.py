@@ -1,0 +1,222 @@
+"""The model of a language server: loaded behind `initialize`, on a thread of its own, and told of as it goes.
+
+Nothing here imports torch before `start`. A model that is not on this machine is not fetched unasked; one that does not
+fit into memory is not loaded, and whoever holds the memory is named. Everything but generation works meanwhile.
+
+Not covered: memory that a process takes between the check and the load; torch's own out-of-memory error covers that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import CancelledError, EngineError, ModelError, PlanPatchError
+from engine.inference.engine import InProcessEngine
+from engine.inference.protocol import Engine
+from engine.inference.store import Progress
+from engine.patching.disk import write_atomically
+from lsp_server.paths import make_private_folder
+from lsp_server.session import Session
+
+HostState = Literal["off", "loading", "ready", "absent", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """Where the model is.
+
+    Args:
+        state: `off` before `start`; `absent` when it has to be pulled first.
+        model: Its name, once known.
+        message: Progress, or what went wrong.
+        hint: What to do about that.
+    """
+
+    state: HostState = "off"
+    model: str = ""
+    message: str = ""
+    hint: str = ""
+
+
+class ModelHost:
+    """Loads, replaces and gives up the engine. Its methods may be called from any thread.
+
+    Args:
+        on_change: Called, on whatever thread, when the status changes.
+    """
+
+    def __init__(self, on_change: Callable[[HostStatus], None]) -> None:
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._status = HostStatus()
+        self._engine: InProcessEngine | None = None
+        self._generation = 0
+
+    @property
+    def status(self) -> HostStatus:
+        """Where the model is now."""
+        return self._status
+
+    @property
+    def engine_or_none(self) -> Engine | None:
+        """The engine, if it is ready."""
+        return self._engine if self._status.state == "ready" else None
+
+    def start(self, session: Session, *, pull: bool = False) -> None:
+        """Load the model that the settings name, instead of what is loaded now.
+
+        Args:
+            session: Settings and store.
+            pull: Fetch it if it is not here.
+        """
+        with self._changed:
+            self._generation += 1
+            generation = self._generation
+            old, self._engine = self._engine, None
+        self._tell(generation, HostStatus("loading", message="looking for the model"))
+        work = threading.Thread(
+            target=self._load, args=(generation, session, old, pull), name="planpatch-load", daemon=True
+        )
+        work.start()
+
+    def wait(self, is_cancelled: threading.Event) -> Engine:
+        """The engine, once it is ready.
+
+        Args:
+            is_cancelled: Ends the wait.
+
+        Returns:
+            The engine.
+
+        Raises:
+            ModelError: The model is not here, or cannot be loaded.
+            EngineError: The server closes.
+            CancelledError: The wait was ended.
+        """
+        with self._changed:
+            while self._status.state in ("off", "loading"):
+                self._changed.wait(0.1)
+                if is_cancelled.is_set():
+                    raise CancelledError("Cancelled while the model was loading")
+            status, engine = self._status, self._engine
+        if status.state != "ready" or engine is None:
+            raise ModelError(status.message or "There is no model", hint=status.hint)
+        state = engine.status()
+        if state.state == "failed":
+            raise EngineError(state.message or "The engine failed", hint="Restart the language server.", fatal=True)
+        return engine
+
+    def close(self) -> None:
+        """Give the model up."""
+        with self._changed:
+            self._generation += 1
+            engine, self._engine = self._engine, None
+            self._status = HostStatus("failed", message="The server is closing")
+            self._changed.notify_all()
+        if engine is not None:
+            engine.close()
+
+    def _load(self, generation: int, session: Session, old: InProcessEngine | None, pull: bool) -> None:
+        try:
+            if old is not None:
+                old.close()  # its memory is needed
+            ref = session.model_ref()
+            told = HostStatus("loading", ref.name)
+
+            def progress(step: Progress) -> None:
+                percent = f" ({100 * step.done // step.total}%)" if step.total else ""
+                self._tell(generation, replace(told, message=f"{step.message}{percent}"))
+
+            local = session.local_model(ref, progress, pull=pull)
+            self._tell(generation, HostStatus("loading", local.name, "loading the weights"))
+            engine = session.engine(local, ref)
+            engine.wait_until_ready()
+        except PlanPatchError as error:
+            state: HostState = "absent" if error.details.get("absent") else "failed"
+            message = error.message
+            if "needed_bytes" in error.details and (holders := other_holders(session.paths.servers)):
+                message += f"; {', '.join(holders)}"
+            self._tell(generation, HostStatus(state, self._status.model, message, error.hint))
+            return
+        except Exception as fault:  # a library failed: generation is off, the server stays
+            message = f"The model cannot be loaded: {type(fault).__name__}: {fault}"
+            self._tell(generation, HostStatus("failed", self._status.model, message, "planpatch doctor says more."))
+            return
+        with self._changed:
+            is_current = generation == self._generation
+            if is_current:
+                self._engine = engine
+        if is_current:
+            self._tell(generation, HostStatus("ready", local.name))
+        else:
+            engine.close()
+
+    def _tell(self, generation: int, status: HostStatus) -> None:
+        with self._changed:
+            if generation != self._generation:
+                return
+            self._status = status
+            self._changed.notify_all()
+        self._on_change(status)
+
+
+# --- who else holds memory -------------------------------------------------------------------------------------------
+
+
+class ServerMark:
+    """A file that tells other servers of this one: its process, its editor, its folder and what it holds.
+
+    Args:
+        folder: `servers` under PLANPATCH_HOME.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / f"{os.getpid()}.json"
+
+    def write(self, client: str, workspace: str, model: str) -> None:
+        """Write it anew; a full disk is no reason to stop."""
+        facts = {"pid": os.getpid(), "client": client, "workspace": workspace, "model": model}
+        with suppress(PlanPatchError):
+            make_private_folder(self._file.parent)
+            write_atomically(self._file, json.dumps(facts).encode(), expected_sha256=None, private=True)
+
+    def remove(self) -> None:
+        """Take it away."""
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+
+def other_holders(folder: Path) -> list[str]:
+    """Other servers that hold a model, in words; marks of processes that are gone are removed.
+
+    Args:
+        folder: `servers` under PLANPATCH_HOME.
+
+    Returns:
+        One phrase each, such as `process 4711 (Neovim, /work/app) holds qwen3-8b, 9.6 GB`.
+    """
+    import psutil
+
+    found: list[str] = []
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            process = psutil.Process(int(facts["pid"]))
+            is_old = process.create_time() > file.stat().st_mtime + 1  # the number was given to another since
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            is_old, process, facts = True, None, {}
+        if is_old or process is None:
+            with suppress(OSError):
+                file.unlink()
+        elif process.pid != os.getpid() and facts.get("model"):
+            where = ", ".join(str(facts[name]) for name in ("client", "workspace") if facts.get(name))
+            size = process.memory_info().rss / 1e9
+            found.append(f"process {process.pid} ({where}) holds {facts['model']}, {size:.1f} GB")
+    return found

@@ -1,0 +1,139 @@
+"""What the user's later doings say about an applied patch: the labels that learning uses.
+
+Undo to the old text is a reject. Else a patch is accepted when it is still there at a save by hand at least 60 s after
+it was applied, or 10 minutes after; "still there" is judged by syntax tree, so a formatter changes nothing. One that the
+user changed is accepted with the text as it is then. An explicit verdict is stronger; the ledger sees to that.
+
+Not covered: a patch that was moved to another file, and a function that was renamed: these get no label.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import PlanPatchError
+from engine.patching.ledger_records import Entry, source_of
+from engine.patching.scopes import ParseFault, Scope, find_scope, parse_text, standalone_text
+from engine.patching.source import Source
+
+KEPT_AT_SAVE_S = 60.0
+KEPT_S = 600.0
+
+Finding = Literal["undone", "redone", "kept", "changed", "gone"]
+
+
+@dataclass(slots=True)
+class Watch:
+    """An applied patch of an open document.
+
+    Args:
+        patch_id: The proposal.
+        path: Its file.
+        scope: Qualified name; empty for the whole file.
+        base: The scope's text before, normalised.
+        patched: The scope's text after, normalised.
+        whole_base: The file's text before, normalised.
+        whole_patched: The file's text after, normalised.
+        applied_at: Of the server's clock, in seconds.
+        is_undone: Whether the old text is back.
+    """
+
+    patch_id: str
+    path: str
+    scope: str
+    base: str
+    patched: str
+    whole_base: str
+    whole_patched: str
+    applied_at: float
+    is_undone: bool = False
+
+    @classmethod
+    def of(cls, entry: Entry, applied_at: float) -> Watch:
+        """Watch a proposal that is in its file.
+
+        Args:
+            entry: The proposal.
+            applied_at: When it was applied, by the server's clock.
+
+        Returns:
+            The watch.
+        """
+        proposal = entry.proposal
+        base = source_of(proposal.base, proposal.path)
+        patched = entry.applied_text(entry.standing.hunks or None)
+        grown = patched.num_lines - base.num_lines
+        before_scope = sum(len(edit.new.splitlines()) for edit in proposal.edits if edit.end_line < proposal.start_line)
+        start_line = proposal.start_line + (before_scope if proposal.scope else 0)
+        return cls(
+            patch_id=entry.id,
+            path=str(proposal.path),
+            scope=proposal.scope,
+            base=_text(base, proposal.start_line, proposal.end_line),
+            patched=_text(patched, start_line, max(start_line, proposal.end_line + grown)),
+            whole_base=normalised(base.text),
+            whole_patched=normalised(patched.text),
+            applied_at=applied_at,
+        )
+
+    def turned(self, text: str) -> Finding | None:
+        """Whether an editor's undo or redo took the patch out or put it in again; quick enough for every change.
+
+        Args:
+            text: The document, normalised.
+
+        Returns:
+            `undone`, `redone` or None.
+        """
+        if not self.is_undone:
+            is_out = text == self.whole_base or (self.patched not in text and self.base in text)
+            return "undone" if is_out else None
+        is_in = text == self.whole_patched or (self.patched in text and self.base not in text)
+        return "redone" if is_in else None
+
+    def judge(self, current: Source) -> Finding:
+        """What became of the patch; parses the file.
+
+        Args:
+            current: The document.
+
+        Returns:
+            `kept` if its syntax tree is still there, `changed` if the function is another now, `undone` if it is the
+            old one, `gone` if it cannot be found or read.
+        """
+        now = _tree_of(current, self.scope)
+        if now is None:
+            return "gone"
+        if now == _tree_of_text(self.patched):
+            return "kept"
+        return "undone" if now == _tree_of_text(self.base) else "changed"
+
+
+def normalised(text: str) -> str:
+    r"""A text as two editors agree on it: no byte-order mark, lines ended by \n."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _text(source: Source, start_line: int, end_line: int) -> str:
+    return "\n".join(source.lines[start_line - 1 : end_line])
+
+
+def _tree_of(source: Source, scope: str) -> str | None:
+    if not scope:
+        return _tree_of_text("\n".join(source.lines))
+    try:
+        found: Scope = find_scope(source, scope)
+    except PlanPatchError:
+        return None
+    return _tree_of_text(_text(source, found.start_line, found.end_line))
+
+
+def _tree_of_text(text: str) -> str | None:
+    lines = text.split("\n")
+    indent = lines[0][: len(lines[0]) - len(lines[0].lstrip(" \t\f"))]
+    try:
+        return ast.dump(parse_text(standalone_text(lines, indent)))
+    except ParseFault:
+        return None
