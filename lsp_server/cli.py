@@ -7,6 +7,7 @@ Commands are thin: they read options, open a `Session`, call, and print for peop
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,6 +169,27 @@ def demo(
     from lsp_server.demo import run_demo
 
     run_demo(open_session({"model": model or "qwen2.5-coder-0.5b-instruct", "device": device}, None, False), keep=keep)
+
+
+@app.command()
+def lsp(
+    tcp: Annotated[bool, typer.Option("--tcp", help="Serve one client on a loopback port instead of stdio.")] = False,
+    host: Annotated[str, typer.Option(help="With --tcp: a loopback address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --tcp: the port; 0 takes a free one.", min=0, max=65535)] = 0,
+    stdio: Annotated[bool, typer.Option("--stdio", help="Serve on stdin and stdout (the default).")] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+) -> None:
+    """Run the language server. An editor starts this; docs/editors.md says how."""
+    from lsp_server.language_server import serve_stdio, serve_tcp
+
+    if tcp and stdio:
+        raise UsageError("--tcp and --stdio exclude each other")
+    options = {"model": model, "adapter": adapter, "device": device, "quantization": quantization}
+    code = serve_tcp(os.environ, options, host, port) if tcp else serve_stdio(os.environ, options)
+    raise typer.Exit(code)
 
 
 def _intent(session: Any, intent: str | None, preset: str | None) -> str:

@@ -185,7 +185,9 @@ def _writing_actions(name: str, where: Mapping[str, Any], state: ActionState) ->
         title = f"PlanPatch: patch from plan: {_short(plan) or what}{later}"
         found.append(Action(title, PLAN_KIND, "planpatch.patch", {**where, "planId": "document"}))
     found += [
-        Action(f"PlanPatch: {_lower_first(preset.title)}{later}", PATCH_KIND, "planpatch.patch", where | {"preset": key})
+        Action(
+            f"PlanPatch: {_lower_first(preset.title)}{later}", PATCH_KIND, "planpatch.patch", where | {"preset": key}
+        )
         for key, preset in state.presets.items()
         if name
     ]
@@ -204,9 +206,7 @@ def _pending_actions(pending: Sequence[Offer]) -> list[Action]:
 
 def _retries(refused: Sequence[Offer]) -> list[Action]:
     return [
-        Action(
-            f"PlanPatch: retry with this error: {_short(offer.reason)}", FIX_KIND, "planpatch.patch", offer.argument
-        )
+        Action(f"PlanPatch: retry with this error: {_short(offer.reason)}", FIX_KIND, "planpatch.patch", offer.argument)
         for offer in refused
     ]
 

@@ -50,6 +50,7 @@ class Job:
     result: dict[str, Any] = field(default_factory=dict[str, Any])
     error: PlanPatchError | None = None
     is_cancelled: threading.Event = field(default_factory=threading.Event)
+    is_generating: bool = False
     task: asyncio.Task[None] | None = None
     on_cancel: Callable[[], None] = lambda: None
 

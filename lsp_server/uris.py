@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 
-
 def path_of(uri: str, *, windows: bool = os.name == "nt") -> Path | None:
     """The file that a URI names.
 

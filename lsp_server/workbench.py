@@ -106,6 +106,17 @@ class _Pending:
 
 
 @dataclass(slots=True)
+class _Search:
+    """The texts that an edit may lead to, with the hunks that each has, and which of them was seen."""
+
+    targets: Mapping[str, tuple[int, ...]]
+    found: tuple[int, ...] | None = None
+
+    def look(self, text: str) -> None:
+        self.found = self.targets.get(text, self.found)
+
+
+@dataclass(slots=True)
 class _File:
     """What is known of one open document."""
 
@@ -117,7 +128,7 @@ class _File:
     rolled_back: tuple[str, str] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: list[str] | None = None  # texts since an edit was sent
+    search: _Search | None = None  # while an edit is on its way
     save_is_manual: bool | None = None
     settle: asyncio.TimerHandle | None = None
 
@@ -158,7 +169,7 @@ class Workbench:
         self._clock = clock
         self._check_s = check_s
         self._tasks: set[asyncio.Task[None]] = set()
-        self._told: set[tuple[str, str]] = set()
+        self._said: set[tuple[str, str]] = set()
         self.fatal = asyncio.Event()
 
     # --- documents --------------------------------------------------------------------------------------------------
@@ -177,14 +188,14 @@ class Workbench:
         if document is None or file is None:
             return
         text = normalised(document.text)
-        if file.seen is not None:
-            file.seen.append(text)
+        if file.search is not None:
+            file.search.look(text)
         file.changed.set()
         for patch_id, (target, hunks) in list(file.late.items()):
             if text == target:
                 del file.late[patch_id]
                 self._spawn(self._applied_late(uri, patch_id, hunks))
-        if file.seen is None:
+        if file.search is None:
             for watch in file.watches.values():
                 finding = watch.turned(text)
                 if finding is not None:
@@ -270,13 +281,13 @@ class Workbench:
 
     # --- what is offered --------------------------------------------------------------------------------------------
 
-    def action_state(self, uri: str) -> ActionState:
-        """What the menu of a document depends on; no disk is touched."""
+    def action_state(self, uri: str, line: int) -> ActionState:
+        """What the menu at a line (0-based) of a document depends on; the ledger is not asked."""
         file, document, path = self._files.get(uri, _File()), self.documents[uri], path_of(uri)
         text = document.text
         plans: dict[str, str] = {}
         if path is not None:
-            for name in {"", *self._names_around(document)}:
+            for name in {"", function_at(document, line)}:
                 if (plan := self.plans.find(path, name)) is not None:
                     plans[name] = plan.function or path.name
         return ActionState(
@@ -290,15 +301,6 @@ class Workbench:
             plans=plans,
         )
 
-    def _names_around(self, document: Document) -> list[str]:
-        return [function_at(document, self._cursor_line)] if self._cursor_line is not None else []
-
-    _cursor_line: int | None = None
-
-    def at_line(self, line: int) -> None:
-        """Where the next menu is asked for."""
-        self._cursor_line = line
-
     def why_nothing(self, uri: str) -> str:
         """Why a document cannot be edited at all; empty if it can."""
         try:
@@ -309,8 +311,8 @@ class Workbench:
 
     def tell_once(self, uri: str, message: str) -> None:
         """Show a message about a document, the same one once."""
-        if (uri, message) not in self._told:
-            self._told.add((uri, message))
+        if (uri, message) not in self._said:
+            self._said.add((uri, message))
             self.editor.show_message(f"PlanPatch: {message}", Severity.INFO)
 
     # --- commands ---------------------------------------------------------------------------------------------------
@@ -505,9 +507,7 @@ class Workbench:
         job.result |= {"patchId": patch.id, "patch": patch.to_json()}
         self._spawn(self._offer(target, intent, patch, argument))
 
-    async def _generate(
-        self, job: Job, target: Target, work: Callable[[Patcher, Callable[[str, str], None]], T]
-    ) -> T:
+    async def _generate(self, job: Job, target: Target, work: Callable[[Patcher, Callable[[str, str], None]], T]) -> T:
         """Wait for the turn and the model, generate under progress, and give the turn on."""
         loop = asyncio.get_running_loop()
         tell = TokenReports(loop, partial(self._report, job))
@@ -521,12 +521,13 @@ class Workbench:
                 settings = self.settings_of(path_of(target.uri))
                 options = patcher_options(settings, "lsp", on_gpu=engine.status().device != "cpu")
                 patcher = Patcher(JobEngine(engine, job), await self.ledger(), options)
+                job.is_generating = True
                 self.jobs.change(job, "running", "reading the code")
                 self._progress(job, "reading the code")
                 try:
                     return await self.jobs.on_worker(job, lambda: work(patcher, tell))
                 finally:
-                    tell.flush()
+                    job.is_generating = False
                     if engine.status().state == "failed":
                         self.fatal.set()
         finally:
@@ -546,7 +547,7 @@ class Workbench:
 
     def _report(self, job: Job, stage: str, num_tokens: int, text: str) -> None:
         job.stage, job.num_tokens = stage, num_tokens
-        if not job.has_ended:
+        if job.is_generating:
             self._progress(job, f"{stage.upper()}: {num_tokens} tokens")
             self.editor.notify("planpatch/job", {**job.to_json(), "text": text})
 
@@ -582,9 +583,7 @@ class Workbench:
             }
         return {**facts, "jobs": running, "pending": [one for file in self._files.values() for one in file.pending]}
 
-    def _note_refusal(
-        self, target: Target, intent: str, argument: Mapping[str, Any], error: PlanPatchError
-    ) -> None:
+    def _note_refusal(self, target: Target, intent: str, argument: Mapping[str, Any], error: PlanPatchError) -> None:
         """Show a refusal on its function, with a quick fix that tries again and says why."""
         file = self._files.get(target.uri)
         if file is None:
@@ -666,7 +665,7 @@ class Workbench:
             confirm: Have the client show it first.
 
         Returns:
-            `{ok, patchId, state}`.
+            `{ok, patchId, patchState}`.
 
         Raises:
             UsageError: No such proposal or hunks, or its state does not allow it.
@@ -680,7 +679,7 @@ class Workbench:
         uri = self._uri_of(entry)
         if uri is None:
             done = await self._in_ledger(lambda ledger: ledger.apply(entry.id, chosen))
-            return {"ok": True, "patchId": entry.id, "state": "applied", "sha256": done.sha256}
+            return {"ok": True, "patchId": entry.id, "patchState": "applied", "sha256": done.sha256}
         file = self._files[uri]
         async with file.lock:
             source = self.source_of_document(uri)
@@ -709,17 +708,19 @@ class Workbench:
     ) -> dict[str, Any]:
         if happened == "not applied":
             await self._in_ledger(
-                lambda ledger: ledger.record(entry.id, "apply_failed", hunks=hunks, reason="the editor did not apply it")
+                lambda ledger: ledger.record(
+                    entry.id, "apply_failed", hunks=hunks, reason="the editor did not apply it"
+                )
             )
             if not confirm:
                 self.editor.show_message("PlanPatch: the editor did not apply the patch", Severity.WARNING)
-            return {"ok": False, "patchId": entry.id, "state": "proposed"}
+            return {"ok": False, "patchId": entry.id, "patchState": "proposed"}
         if happened == "applied":
             await self._in_ledger(lambda ledger: ledger.record(entry.id, "applied", hunks=hunks))
             await self._now_applied(uri, entry)
             if confirm and len(hunks) < len(entry.proposal.edits):
                 await self._prove_what_was_chosen(entry, hunks)
-            return {"ok": True, "patchId": entry.id, "state": "applied", "hunks": list(hunks)}
+            return {"ok": True, "patchId": entry.id, "patchState": "applied", "hunks": list(hunks)}
         await self._in_ledger(lambda ledger: ledger.record(entry.id, "diverged", hunks=hunks))
         file = self._files.get(uri)
         if file is not None:
@@ -727,7 +728,7 @@ class Workbench:
             file.pending.pop(entry.id, None)
             self._draw(uri)
         self._spawn(self._offer_inverse(uri, entry))
-        return {"ok": False, "patchId": entry.id, "state": "diverged"}
+        return {"ok": False, "patchId": entry.id, "patchState": "diverged"}
 
     async def _prove_what_was_chosen(self, entry: Entry, hunks: tuple[int, ...]) -> None:
         """The client let the user leave hunks out: what is left is another patch, and must pass every gate."""
@@ -815,7 +816,7 @@ class Workbench:
             uri: The file, where no proposal is named.
 
         Returns:
-            `{ok, patchId, state}`.
+            `{ok, patchId, patchState}`.
 
         Raises:
             UsageError: Nothing to do, or the proposal's state does not allow it.
@@ -824,11 +825,17 @@ class Workbench:
         entry = await self._entry_to_turn(operation, patch_id, uri)
         open_at = self._uri_of(entry)
         if open_at is None:
-            turn = (lambda ledger: ledger.rollback(entry.id)) if operation == "rollback" else (
-                lambda ledger: ledger.redo(entry.id)
+            turn = (
+                (lambda ledger: ledger.rollback(entry.id))
+                if operation == "rollback"
+                else (lambda ledger: ledger.redo(entry.id))
             )
             await self._in_ledger(cast("Callable[[Ledger], Any]", turn))
-            return {"ok": True, "patchId": entry.id, "state": "rolled_back" if operation == "rollback" else "applied"}
+            return {
+                "ok": True,
+                "patchId": entry.id,
+                "patchState": "rolled_back" if operation == "rollback" else "applied",
+            }
         file = self._files[open_at]
         async with file.lock:
             try:
@@ -844,7 +851,7 @@ class Workbench:
         if is_rollback and entry.standing.is_applied and normalised(source.text) == normalised(_base_text(entry)):
             await self._in_ledger(lambda ledger: ledger.record(entry.id, kind, reason="the text was so already"))
             await self._after_turn(uri, file, entry.id, is_rollback=is_rollback)
-            return {"ok": True, "patchId": entry.id, "state": kind}
+            return {"ok": True, "patchId": entry.id, "patchState": kind}
         find = Ledger.plan_rollback if is_rollback else Ledger.plan_redo
         edits = await self._in_ledger(lambda ledger: find(ledger, entry.id, source))
         if self.source_of_document(uri).to_bytes() != source.to_bytes():
@@ -855,14 +862,14 @@ class Workbench:
         happened, _ = await self._edit(uri, edit, {normalised(target): ()})
         if happened == "not applied":
             self.editor.show_message(f"PlanPatch: the editor did not {operation} the patch", Severity.WARNING)
-            return {"ok": False, "patchId": entry.id, "state": entry.state.value}
+            return {"ok": False, "patchId": entry.id, "patchState": entry.state.value}
         if happened == "diverged":
             message = f"PlanPatch: after the {operation} the text is not what was expected; look at it"
             self.editor.show_message(message, Severity.WARNING)
-            return {"ok": False, "patchId": entry.id, "state": "diverged"}
+            return {"ok": False, "patchId": entry.id, "patchState": "diverged"}
         await self._in_ledger(lambda ledger: ledger.record(entry.id, kind))
         await self._after_turn(uri, file, entry.id, is_rollback=is_rollback)
-        return {"ok": True, "patchId": entry.id, "state": kind}
+        return {"ok": True, "patchId": entry.id, "patchState": kind}
 
     async def _after_turn(self, uri: str, file: _File, patch_id: str, *, is_rollback: bool) -> None:
         if is_rollback:
@@ -924,9 +931,7 @@ class Workbench:
 
     # --- editing a document -----------------------------------------------------------------------------------------
 
-    def _buffer_edit(
-        self, uri: str, source: Source, edits: Sequence[Edit], label: str, *, confirm: bool
-    ) -> BufferEdit:
+    def _buffer_edit(self, uri: str, source: Source, edits: Sequence[Edit], label: str, *, confirm: bool) -> BufferEdit:
         document = self.documents[uri]
         shift = 1 if source.bom else 0
         hunks = [
@@ -944,7 +949,7 @@ class Workbench:
         """
         file = self._files[uri]
         before = normalised(self.documents[uri].text)
-        file.seen = seen = []
+        file.search = search = _Search(targets)
         try:
             try:
                 is_said_applied = await self.editor.apply_edit(edit)
@@ -954,9 +959,8 @@ class Workbench:
             wait_s = self._check_s if is_said_applied else 0.0
             deadline = time.monotonic() + wait_s
             while True:
-                found = next((text for text in seen if text in targets), None)
-                if found is not None:
-                    return "applied", targets[found]
+                if search.found is not None:
+                    return "applied", search.found
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or self._files.get(uri) is not file:
                     break
@@ -967,7 +971,7 @@ class Workbench:
             is_untouched = document is None or normalised(document.text) == before
             return ("not applied" if not is_said_applied and is_untouched else "diverged"), ()
         finally:
-            file.seen = None
+            file.search = None
 
     # --- notes ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,704 @@
+"""`planpatch lsp`: the language server over stdio or loopback TCP.
+
+Handlers convert, call the workbench, and convert back. `initialize` is answered before torch is imported; the model loads
+behind it. A command is answered at once, with a job's id where there is work to do.
+
+Documents are kept by `documents.py` and not by pygls, whose lines end where the protocol's do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from lsprotocol import types
+from pygls.exceptions import JsonRpcException, JsonRpcInvalidParams
+from pygls.lsp.server import LanguageServer
+from pygls.protocol import LanguageServerProtocol, default_converter
+from pygls.protocol.language_server import lsp_method
+
+from engine.errors import PlanPatchError, UsageError
+from engine.patching.ledger_records import Surface
+from lsp_server import code_actions
+from lsp_server.documents import Encoding
+from lsp_server.editor import ClientProfile, Severity
+from lsp_server.lsp_editor import LspEditor, action_request, code_action, document_changes
+from lsp_server.model_host import HostStatus, ModelHost, ServerMark
+from lsp_server.session import Session
+from lsp_server.settings import SettingProblem, Settings, load_settings
+from lsp_server.transport import ThreadWriter, read_on_thread, take_stdio
+from lsp_server.uris import path_of
+from lsp_server.workbench import Workbench
+
+SURFACE: Surface = "lsp"
+COMMANDS = (
+    *("planpatch.plan", "planpatch.patch", "planpatch.apply", "planpatch.reject", "planpatch.rollback"),
+    *("planpatch.redo", "planpatch.cancel", "planpatch.status", "planpatch.feedback", "planpatch.model"),
+    *("planpatch.adapter", "planpatch.pull", "planpatch.ledger"),
+)
+MODEL_SETTINGS = ("model", "device", "quantization", "dtype")
+REQUEST_FAILED = -32803
+
+_TICK_S = 5.0
+_FATAL_EXIT_CODE = 3
+
+log = logging.getLogger("planpatch.lsp")
+
+
+class Protocol(LanguageServerProtocol):
+    """pygls' protocol with documents of our own, commands of one argument, and an answer to every request."""
+
+    _server: PlanPatchServer
+
+    def receive(self, body: bytes) -> None:
+        """Handle one message.
+
+        Args:
+            body: Its JSON.
+        """
+        try:
+            raw: Any = json.loads(body)
+        except (ValueError, RecursionError) as fault:
+            log.warning("a message is no JSON: %s", fault)
+            return
+        if not isinstance(raw, dict) or raw.get("jsonrpc") != self.VERSION:
+            log.warning("a message is no JSON-RPC 2.0")
+            return
+        message_id = raw.get("id")
+        is_request = message_id is not None and "method" in raw
+        if is_request and self._is_new() and raw["method"] != types.INITIALIZE:
+            self._answer_error(message_id, -32002, "initialize comes first")
+            return
+        if is_request and self._shutdown:
+            self._answer_error(message_id, -32600, "the server is shutting down")
+            return
+        try:
+            message = self.structure_message(raw)
+        except JsonRpcException as error:
+            if is_request:
+                self._answer_error(message_id, -32602, f"{raw['method']}: the parameters are not the protocol's")
+            log.warning("a message cannot be read: %s", error)
+            return
+        self.handle_message(message)
+
+    def _answer_error(self, message_id: Any, code: int, message: str) -> None:
+        self._send_response(message_id, error=types.ResponseError(code=code, message=message))
+
+    def _is_new(self) -> bool:
+        return self._server.bench_or_none is None
+
+    @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
+    def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams) -> None:
+        """Keep a document."""
+        item = params.text_document
+        self._server.bench.did_open(item.uri, item.text, item.version, str(item.language_id))
+
+    @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
+    def lsp_text_document__did_change(self, params: types.DidChangeTextDocumentParams) -> None:
+        """Take in a change."""
+        document = self._server.bench.documents.get(params.text_document.uri)
+        if document is None:
+            log.warning("a change of a document that is not open: %s", params.text_document.uri)
+            return
+        document.change(document_changes(params), params.text_document.version)
+        self._server.bench.did_change(params.text_document.uri)
+
+    @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
+    def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
+        """Forget a document."""
+        self._server.bench.did_close(params.text_document.uri)
+
+    @lsp_method(types.WORKSPACE_EXECUTE_COMMAND)
+    async def lsp_workspace__execute_command(self, params: types.ExecuteCommandParams) -> Any:
+        """Run one of `COMMANDS`; errors of ours become the response's error, with their facts as its data."""
+        try:
+            return await self._server.execute(params.command, params.arguments or [])
+        except PlanPatchError as error:
+            message = f"{error.message}. {error.hint}".strip()
+            code = -32602 if isinstance(error, UsageError) else REQUEST_FAILED
+            raise JsonRpcException(message, code, error.to_json()) from error
+
+    @lsp_method(types.WINDOW_WORK_DONE_PROGRESS_CANCEL)
+    def lsp_work_done_progress_cancel(self, params: types.WorkDoneProgressCancelParams) -> None:
+        """Cancel the job whose progress it is."""
+        job = self._server.bench.jobs.get(str(params.token).removeprefix("planpatch/"))
+        if job is not None:
+            self._server.bench.jobs.cancel(job)
+
+    @lsp_method(types.EXIT)
+    def lsp_exit(self, *_: object) -> None:
+        """End the process: 0 after `shutdown`, else 1."""
+        self._server.end(0 if self._shutdown else 1)
+
+
+class PlanPatchServer(LanguageServer):
+    """One connection's server.
+
+    Args:
+        environ: Environment variables.
+        options: Options of the command line by setting name.
+    """
+
+    def __init__(self, environ: Mapping[str, str], options: Mapping[str, object]) -> None:
+        super().__init__(
+            "planpatch", version("planpatch"), protocol_cls=Protocol, converter_factory=default_converter, max_workers=2
+        )
+        self._environ = dict(environ)
+        self._options = dict(options)
+        self._bench: Workbench | None = None
+        self._editor_settings: Mapping[str, object] = {}
+        self._settings: dict[Path | None, Settings] = {}
+        self._problems_told: set[str] = set()
+        self._folders: list[Path] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[int] | None = None
+        self._host = ModelHost(self._model_changed)
+        self._host_progress = ""
+        self._client_process: int | None = None
+        self._session = Session.open(self._environ, self._options)
+        self._mark = ServerMark(self._session.paths.servers)
+        self._background: set[asyncio.Task[None]] = set()
+        _register(self)
+
+    @property
+    def bench_or_none(self) -> Workbench | None:
+        """The workbench, once `initialize` came."""
+        return self._bench
+
+    @property
+    def bench(self) -> Workbench:
+        """The workbench.
+
+        Raises:
+            UsageError: `initialize` did not come yet.
+        """
+        if self._bench is None:
+            raise UsageError("initialize comes first")
+        return self._bench
+
+    @property
+    def editor(self) -> LspEditor:
+        """The connected client."""
+        return cast(LspEditor, self.bench.editor)
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def serve(self, start: Callable[[PlanPatchServer], Awaitable[None] | None]) -> int:
+        """Serve one connection until it ends.
+
+        Args:
+            start: Joins the connection: sets the writer and lets messages come to `receive`.
+
+        Returns:
+            The process's exit code.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        with suppress(NotImplementedError, RuntimeError):  # Windows, or not the main thread
+            self._loop.add_signal_handler(signal.SIGTERM, self.end, 143)
+        started = start(self)
+        if started is not None:
+            await started
+        ticker = self._loop.create_task(self._tick())
+        try:
+            return await self._ended
+        finally:
+            ticker.cancel()
+            if self._bench is not None:
+                await self._bench.close()
+            await asyncio.to_thread(self._host.close)
+            self._mark.remove()
+
+    def end(self, code: int) -> None:
+        """Stop serving; from the loop's thread."""
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(code)
+
+    def end_from_thread(self) -> None:
+        """The client is gone, noticed on another thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.end, 1)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            if self._bench is None:
+                continue
+            if self._bench.fatal.is_set():
+                await self._end_of_engine()
+            if self._client_process is not None and not _is_alive(self._client_process):
+                log.warning("the client's process %d is gone", self._client_process)
+                self.end(1)
+            await self._bench.tick()
+
+    async def _end_of_engine(self) -> None:
+        """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
+        engine = self._host.engine_or_none
+        reason = engine.status().message if engine is not None else "The engine failed"
+        self.editor.show_message(f"PlanPatch: {reason}. The server ends; it has to be started again.", Severity.ERROR)
+        await asyncio.sleep(0.2)
+        self.end(_FATAL_EXIT_CODE)
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def initialize(self, params: types.InitializeParams) -> None:
+        """Learn what the client can do and where it works."""
+        capabilities = cast("dict[str, Any]", self.protocol._converter.unstructure(params.capabilities))  # pyright: ignore[reportPrivateUsage]
+        options = params.initialization_options
+        options = cast("dict[str, Any]", options) if isinstance(options, dict) else {}
+        encoding = str(getattr(self.protocol.workspace.position_encoding, "value", "utf-16"))
+        name = params.client_info.name if params.client_info else ""
+        profile = ClientProfile.of(name, capabilities, cast("Encoding", encoding), options)
+        folders = [folder.uri for folder in params.workspace_folders or []] or [params.root_uri or ""]
+        self._folders = [path for uri in folders if (path := path_of(uri)) is not None]
+        settings = options.get("settings")
+        self._editor_settings = cast("dict[str, object]", settings) if isinstance(settings, dict) else {}
+        process = params.process_id
+        self._client_process = process if process is not None and process > 0 and _is_alive(process) else None
+        self._bench = Workbench(
+            LspEditor(self.protocol, profile),
+            self._host,
+            lambda: self._session.ledger(),
+            self._session.paths,
+            self.settings_of,
+        )
+
+    def initialized(self) -> None:
+        """The client is ready: ask it for settings, then load the model."""
+        self._spawn(self._begin())
+
+    async def _begin(self) -> None:
+        dynamic = self.client_capabilities.workspace and self.client_capabilities.workspace.did_change_configuration
+        if dynamic and dynamic.dynamic_registration:
+            options = types.DidChangeConfigurationRegistrationOptions(section="planpatch")
+            await self.editor.register(types.WORKSPACE_DID_CHANGE_CONFIGURATION, options)
+        found = await self.editor.configuration("planpatch")
+        if isinstance(found, dict):
+            self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
+        self._read_settings()
+        self._host.start(self._session)
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def _read_settings(self) -> None:
+        self._settings.clear()
+        settings, problems = self._load_settings(None)
+        self._session = Session(self._session.paths, settings, problems)
+        self._settings[None] = settings
+        _set_log(settings, self._session.paths.resolve)
+        self._tell_problems(problems)
+        for folder in self._folders:
+            self.settings_of(folder / "any.py")
+
+    def _load_settings(self, workspace: Path | None) -> tuple[Settings, list[SettingProblem]]:
+        paths = self._session.paths
+        return load_settings(self._options, self._environ, paths.user_settings, workspace, self._editor_settings)
+
+    def settings_of(self, path: Path | None) -> Settings:
+        """The settings that hold for a file: its workspace folder may add presets, context and style.
+
+        Args:
+            path: The file; None for none.
+
+        Returns:
+            The settings.
+        """
+        holding = [folder for folder in self._folders if path is not None and folder in path.parents]
+        folder = max(holding, key=lambda one: len(one.parts), default=None)
+        if folder not in self._settings:
+            self._settings[folder], problems = self._load_settings(folder)
+            self._tell_problems(problems)
+        return self._settings[folder]
+
+    def _tell_problems(self, problems: Sequence[SettingProblem]) -> None:
+        for problem in map(str, problems):
+            if problem not in self._problems_told and self._bench is not None:
+                self._problems_told.add(problem)
+                self.editor.show_message(f"PlanPatch: {problem}", Severity.WARNING)
+
+    async def change_configuration(self, params: types.DidChangeConfigurationParams) -> None:
+        """Take in the client's settings; what the model depends on loads it anew, a new adapter is swapped in.
+
+        Args:
+            params: The notification; its settings count where the client does not answer `workspace/configuration`.
+        """
+        found = await self.editor.configuration("planpatch")
+        if found is None and isinstance(params.settings, dict):
+            table = cast("dict[str, Any]", params.settings)
+            found = table.get("planpatch", table)
+        if not isinstance(found, dict):
+            return
+        before = self._session.settings
+        self._editor_settings = cast("dict[str, object]", found)
+        self._read_settings()
+        after = self._session.settings
+        if any(getattr(before, name) != getattr(after, name) for name in MODEL_SETTINGS):
+            self._host.start(self._session)
+        elif before.adapter != after.adapter:
+            await self._use_adapter()
+
+    def change_folders(self, params: types.DidChangeWorkspaceFoldersParams) -> None:
+        """Add and remove workspace folders."""
+        gone = {path_of(folder.uri) for folder in params.event.removed}
+        come = [path for folder in params.event.added if (path := path_of(folder.uri)) is not None]
+        self._folders = [folder for folder in self._folders if folder not in gone] + come
+        self._settings.clear()
+        self._settings[None] = self._session.settings
+
+    # --- the model --------------------------------------------------------------------------------------------------
+
+    def _model_changed(self, status: HostStatus) -> None:
+        """Called on the loading thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(lambda: self._spawn(self._show_model(status)))
+
+    async def _show_model(self, status: HostStatus) -> None:
+        """Progress while it loads; a message when it cannot; the choice to pull it when it is absent."""
+        if self._bench is None:
+            return
+        self._bench.tell_status()
+        token = "planpatch/model"
+        if status.state == "loading":
+            message = f"{status.model}: {status.message}" if status.model else status.message
+            if not self._host_progress:
+                self._host_progress = token
+                if not await self.editor.begin_progress(token, "PlanPatch: loading the model", message):
+                    self._host_progress = "none"
+            elif self._host_progress == token:
+                self.editor.report_progress(token, message)
+            return
+        if self._host_progress == token:
+            self.editor.end_progress(token, status.message or "ready")
+        self._host_progress = ""
+        if status.state == "ready":
+            workspace = str(self._folders[0]) if self._folders else ""
+            await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, status.model)
+        elif status.state == "absent":
+            pull = "Pull it"
+            question = f"PlanPatch: {status.message}. Pull it now? It stays on this machine."
+            if await self.editor.ask(question, [pull, "Not now"]) == pull:
+                self._host.start(self._session, pull=True)
+        elif status.state == "failed" and self._host.status is status:
+            self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}".strip(), Severity.ERROR)
+
+    async def _use_adapter(self) -> None:
+        engine = self._host.engine_or_none
+        if engine is not None:
+            folder = self._session.adapter()
+            await asyncio.to_thread(engine.use_adapter, str(folder) if folder else None)
+            self.bench.tell_status()
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    async def execute(self, command: str, arguments: Sequence[Any]) -> Any:
+        """Run a command.
+
+        Args:
+            command: One of `COMMANDS`.
+            arguments: One object, or nothing.
+
+        Returns:
+            `{jobId, position}` where work goes on, else what was asked for.
+
+        Raises:
+            UsageError: No such command, or the argument is wrong.
+            PlanPatchError: It cannot be done.
+        """
+        handler = self._handlers().get(command)
+        if handler is None:
+            raise UsageError(f"There is no command {command!r}", hint=f"Commands: {', '.join(COMMANDS)}")
+        argument = arguments[0] if arguments else {}
+        if argument is None:
+            argument = {}
+        if not isinstance(argument, Mapping) or len(arguments) > 1:
+            raise UsageError(f"{command} takes one object", hint="Such as {uri, position, intent}.")
+        result = handler(cast("Mapping[str, Any]", argument))
+        return await result if isinstance(result, Awaitable) else result
+
+    def _handlers(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
+        return {
+            "planpatch.plan": lambda argument: self._answer(self.bench.plan(argument)),
+            "planpatch.patch": lambda argument: self._answer(self.bench.patch(argument)),
+            "planpatch.apply": self._apply,
+            "planpatch.reject": lambda argument: self.bench.reject(_patch_id(argument), _reason(argument)),
+            "planpatch.rollback": lambda argument: self._turn("rollback", argument),
+            "planpatch.redo": lambda argument: self._turn("redo", argument),
+            "planpatch.cancel": lambda argument: self.bench.cancel(_text(argument, "jobId")),
+            "planpatch.status": lambda argument: self._status(argument),
+            "planpatch.feedback": self._feedback,
+            "planpatch.model": self._model,
+            "planpatch.adapter": self._adapter,
+            "planpatch.pull": self._pull,
+            "planpatch.ledger": self._ledger,
+        }
+
+    def _answer(self, job: Any) -> dict[str, Any]:
+        return {"jobId": job.id, "position": len(self.bench.jobs.running()) - 1}
+
+    def _apply(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        patch_id, hunks = _patch_id(argument), argument.get("hunks")
+        work = lambda: self.bench.apply_patch(patch_id, hunks)  # noqa: E731
+        return self._answer(self.bench.run_command("apply", f"apply {patch_id}", work))
+
+    def _turn(self, operation: str, argument: Mapping[str, Any]) -> dict[str, Any]:
+        patch_id, uri = _text(argument, "patchId"), _text(argument, "uri")
+        if patch_id is None and uri is None:
+            raise UsageError("The argument has neither `patchId` nor `uri`")
+        work = lambda: self.bench.turn(operation, patch_id, uri)  # noqa: E731
+        return self._answer(self.bench.run_command(operation, f"{operation} {patch_id or uri}", work))
+
+    def _status(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        if (job_id := _text(argument, "jobId")) is not None:
+            job = self.bench.jobs.get(job_id)
+            if job is None:
+                raise UsageError(f"There is no job {job_id!r}")
+            return {**job.to_json(), "position": self.bench.jobs.position(job)}
+        settings = self.settings_of(path_of(_text(argument, "uri") or ""))
+        return {"version": self.version, **self.bench.status(), "apply": settings.apply}
+
+    async def _feedback(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        found = argument.get("feedback")
+        table = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else argument
+        accepted = table.get("accepted")
+        if not isinstance(accepted, bool):
+            raise UsageError("The argument does not say `accepted`", hint="Give {patchId, feedback: {accepted: true}}.")
+        return await self.bench.feedback(_patch_id(argument), accepted, _reason(table))
+
+    async def _model(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        name = _text(argument, "name") or _text(argument, "model")
+        if name is not None:
+            self._options["model"] = name
+            self._read_settings()
+            self._session.model_ref()  # an unknown name is refused before anything is given up
+            self._host.start(self._session)
+        infos = await asyncio.to_thread(self._session.store.list)
+        return {**self.bench.status(), "models": [info.to_json() for info in infos]}
+
+    async def _adapter(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        name = _text(argument, "name") or _text(argument, "adapter")
+        if name is not None:
+            self._options["adapter"] = name
+            self._read_settings()
+            await self._use_adapter()
+        folder = self._session.adapter()
+        return {"adapter": str(folder) if folder else None, "setting": self._session.settings.adapter}
+
+    def _pull(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        if (name := _text(argument, "name") or _text(argument, "model")) is not None:
+            self._options["model"] = name
+            self._read_settings()
+        self._session.model_ref()
+        self._host.start(self._session, pull=True)
+        return {"state": self._host.status.state}
+
+    async def _ledger(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        ledger = await self.bench.ledger()
+        if (patch_id := _text(argument, "patchId")) is not None:
+            return (await asyncio.to_thread(ledger.get, patch_id)).to_json()
+        path = path_of(_text(argument, "uri") or "")
+        found = await asyncio.to_thread(ledger.list_proposals, path=path)
+        return {"proposals": [summary.to_json() for summary in found]}
+
+    # --- menus ------------------------------------------------------------------------------------------------------
+
+    def code_actions(self, params: types.CodeActionParams) -> list[types.CodeAction]:
+        """The menu at a place.
+
+        Args:
+            params: The request.
+
+        Returns:
+            Actions with commands.
+        """
+        bench, uri = self.bench, params.text_document.uri
+        document = bench.documents.get(uri)
+        if document is None or not bench.is_python(uri):
+            return []
+        diagnostics = params.context.diagnostics
+        as_json = [cast("dict[str, Any]", self.protocol._converter.unstructure(one)) for one in diagnostics]  # pyright: ignore[reportPrivateUsage]
+        request = action_request(params, as_json)
+        if document.out_of_step or (reason := bench.why_nothing(uri)):
+            reason = reason if not document.out_of_step else bench.why_nothing(uri)
+            if not request.is_automatic:
+                bench.tell_once(uri, reason)
+            return []
+        state = bench.action_state(uri, request.start.line)
+        if not request.is_automatic and self._host.status.state in ("absent", "failed"):
+            bench.tell_once(uri, f"{self._host.status.message}. {self._host.status.hint}")
+        found = code_actions.actions(document, request, state)
+        return [code_action(action, diagnostics, self.editor.profile) for action in found]
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._logged(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _logged(self, work: Any) -> None:
+        try:
+            await work
+        except PlanPatchError as error:
+            self.editor.show_message(f"PlanPatch: {error.message}. {error.hint}".strip(), Severity.ERROR)
+        except Exception:
+            log.exception("something went wrong in the background")
+
+
+def _register(server: PlanPatchServer) -> None:
+    """Join features to the server; their names in pygls' registry become capabilities."""
+    feature = server.feature
+    feature(types.INITIALIZE)(lambda params: server.initialize(params))
+    feature(types.INITIALIZED)(lambda _params: server.initialized())
+    options = types.CodeActionOptions(code_action_kinds=list(code_actions.KINDS), resolve_provider=False)
+    feature(types.TEXT_DOCUMENT_CODE_ACTION, options)(lambda params: server.code_actions(params))
+    feature(types.TEXT_DOCUMENT_WILL_SAVE)(
+        lambda params: server.bench.will_save(
+            params.text_document.uri, is_manual=params.reason == types.TextDocumentSaveReason.Manual
+        )
+    )
+    feature(types.TEXT_DOCUMENT_DID_SAVE)(lambda params: server.bench.did_save(params.text_document.uri))
+    feature(types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)(lambda params: server.change_folders(params))
+
+    async def configuration_changed(params: types.DidChangeConfigurationParams) -> None:
+        await server.change_configuration(params)
+
+    feature(types.WORKSPACE_DID_CHANGE_CONFIGURATION)(configuration_changed)
+    for name in COMMANDS:
+        server.command(name)(lambda: None)  # the capability; `Protocol` runs them
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _text(argument: Mapping[str, Any], name: str) -> str | None:
+    value = argument.get(name)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise UsageError(f"`{name}` is text, not {value!r}")
+    return value
+
+
+def _patch_id(argument: Mapping[str, Any]) -> str:
+    patch_id = _text(argument, "patchId")
+    if patch_id is None:
+        raise UsageError("The argument has no `patchId`", hint="planpatch.ledger lists them.")
+    return patch_id
+
+
+def _reason(argument: Mapping[str, Any]) -> str:
+    found = argument.get("feedback", argument)
+    return str(cast("Mapping[str, Any]", found).get("reason") or "") if isinstance(found, Mapping) else ""
+
+
+def _is_alive(process_id: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(process_id)
+
+
+def _set_log(settings: Settings, resolve: Callable[[str], Path]) -> None:
+    """Log to stderr or a file. pygls logs whole messages, and so the user's code: only its errors are wanted."""
+    target: dict[str, Any] = {"stream": sys.stderr}
+    if settings.log_file:
+        target = {"filename": str(resolve(settings.log_file)), "encoding": "utf-8"}
+    with suppress(OSError):
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(name)s %(levelname)s %(message)s",
+            force=True,
+            **target,
+        )
+    logging.getLogger("pygls").setLevel(logging.CRITICAL)
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+def serve_stdio(environ: Mapping[str, str], options: Mapping[str, object]) -> int:
+    """Serve the client at stdin and stdout.
+
+    Args:
+        environ: Environment variables.
+        options: Options of the command line by setting name.
+
+    Returns:
+        The process's exit code.
+    """
+    stdin, stdout = take_stdio()
+
+    def start(server: PlanPatchServer) -> None:
+        writer = ThreadWriter(stdout, server.end_from_thread)
+        server.protocol.set_writer(writer)
+        protocol = cast(Protocol, server.protocol)
+        read_on_thread(stdin, asyncio.get_running_loop(), protocol.receive, lambda reason: _ended(server, reason))
+
+    return _run(environ, options, start)
+
+
+def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: str, port: int) -> int:
+    """Serve the first client that connects to a loopback port.
+
+    Args:
+        environ: Environment variables.
+        options: Options of the command line by setting name.
+        host: A loopback address.
+        port: 0 takes a free one; it is printed on stderr.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        UsageError: The address is not loopback, or the port is taken.
+    """
+    import socket
+
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        raise UsageError(f"{host} is not a loopback address", hint="Use 127.0.0.1: anyone could edit your files else.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise UsageError(f"{host}:{port} cannot be bound: {error.strerror or error}", hint="Use --port 0.") from error
+    listener.listen(1)
+    print(f"planpatch lsp: listening on {host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    connection, _ = listener.accept()
+    listener.close()
+    stdin, stdout = connection.makefile("rb"), connection.makefile("wb")
+
+    def start(server: PlanPatchServer) -> None:
+        server.protocol.set_writer(ThreadWriter(cast(Any, stdout), server.end_from_thread))
+        protocol = cast(Protocol, server.protocol)
+        loop = asyncio.get_running_loop()
+        read_on_thread(cast(Any, stdin), loop, protocol.receive, lambda reason: _ended(server, reason))
+
+    try:
+        return _run(environ, options, start)
+    finally:
+        connection.close()
+
+
+def _ended(server: PlanPatchServer, reason: str) -> None:
+    if reason:
+        log.error("the connection is closed: %s", reason)
+    server.end(0 if cast(Any, server.protocol)._shutdown and not reason else 1)
+
+
+def _run(environ: Mapping[str, str], options: Mapping[str, object], start: Callable[[PlanPatchServer], None]) -> int:
+    server = PlanPatchServer(environ, options)
+    _set_log(load_settings(options, environ)[0], Path)
+    code = asyncio.run(server.serve(start))
+    writer: Any = server.protocol.writer
+    writer.close()
+    sys.stderr.flush()
+    os._exit(code)  # threads of torch and of a pull that hangs must not keep a dead server
