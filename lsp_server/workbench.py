@@ -288,9 +288,10 @@ class Workbench:
 
         In this order: the command, a preset, a diagnostic, the plan, a directive in the code, the plan document.
         """
+        found = directive_intent(target.source, target.scope)
         if intent := (text_argument(argument, "intent") or "").strip():
             check_intent(intent)
-            return intent, False
+            return intent, bool(found) and (plan is not None or intent == found)  # a retry says it again
         if name := text_argument(argument, "preset"):
             presets = self.settings_of(path_of(target.uri)).presets
             if name not in presets:
@@ -298,7 +299,6 @@ class Workbench:
             return presets[name].intent, False
         if isinstance(diagnostic := argument.get("diagnostic"), Mapping):
             return intent_of_diagnostic(cast("Mapping[str, Any]", diagnostic), target.source), False
-        found = directive_intent(target.source, target.scope)
         if plan is not None and plan.intent:
             return plan.intent, bool(found)
         if found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def script(home: Path, folder: Path, tmp_path: Path, model_folder_05b: Path) -> 
     snippets.mkdir()
     for name, text in re.findall(r"<!-- ([\w-]+) -->\n```lua\n(.*?)```", GUIDE, re.DOTALL):
         (snippets / f"{name}.lua").write_text(text, encoding="utf-8")
+    own_lua = folder / ".neovim" / "config" / "nvim" / "lua"
+    own_lua.mkdir(parents=True)
+    shutil.copy(ROOT / "editors" / "neovim" / "planpatch.lua", own_lua)
     environment = {
         "PATH": f"{installed_launcher().parent}{os.pathsep}{os.environ['PATH']}",
         "PLANPATCH_MODEL": MODEL,
@@ -71,9 +75,83 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     return planpatch("ledger", "list", "--json", cwd=folder).json
 
 
+def long_function() -> str:
+    """A function whose rewriting takes a while."""
+    branches = (f"    if x == {number}:\n        return table[{number}] + {number}\n" for number in range(60))
+    return f"\n\ndef long(x, table):\n{''.join(branches)}    return None\n"
+
+
 @pytest.mark.slow
 def test_a_plan_is_edited_patched_applied_saved_and_rolled_back_after_a_restart(script: Script, folder: Path) -> None:
     file = folder / "clamp.py"
     write(file, CLAMP)
     script("plan_and_apply")
-    print(file.read_text(), ledger(folder))
+    patched = file.read_text(encoding="utf-8")
+    assert "# pp:" not in patched and patched != CLAMP
+    assert patched.startswith(CLAMP[: CLAMP.index("    if")])
+    (entry,) = ledger(folder)
+    assert (entry["state"], entry["label"], entry["scope"]) == ("applied", "unreviewed", "clamp")
+
+    script("roll_back")
+    directive = "    # pp: return low when x is too small\n"
+    assert file.read_text(encoding="utf-8") == CLAMP.replace("    if", directive + "    if", 1)
+    (entry,) = ledger(folder)
+    assert (entry["state"], entry["label"]) == ("rolled_back", "rolled_back")
+
+
+@pytest.mark.slow
+def test_a_dismissed_question_is_applied_later_undone_redone_and_long_jobs_are_cancelled(
+    script: Script, folder: Path
+) -> None:
+    text = write(folder / "clamp.py", CLAMP + long_function())
+    script("dismiss_undo_cancel")
+    assert (folder / "clamp.py").read_bytes() == text
+
+
+@pytest.mark.slow
+def test_a_refused_patch_is_retried_with_its_error(script: Script, folder: Path) -> None:
+    write(folder / "clamp.py", CLAMP)
+    script("refused_retry_direct")
+
+
+SHAPES = (
+    '\ufeff"""Größen 🐍."""\r\n\x0c\r\nNAMES = "🎉\tä"\r\n\r\n\r\nclass Shapes:\r\n',
+    "\t@staticmethod\r\n\tdef area(width, height):  # 📐\r\n\t\tunit = '🦊'\r\n\t\treturn width + height  # 🤔\r\n",
+    '\r\n\tdef outer(self):\r\n\t\tdef inner(x):\r\n\t\t\treturn f"🎈{x}"\r\n\r\n\t\treturn inner',
+)
+
+
+@pytest.mark.slow
+def test_bytes_outside_the_function_are_kept(script: Script, folder: Path) -> None:
+    before, _, after = (part.encode("utf-8") for part in SHAPES)
+    file = folder / "shapes.py"
+    old = write(file, "".join(SHAPES))
+    script("odd_bytes")
+    new = file.read_bytes()
+    print(new)
+    assert new != old and new.startswith(before) and new.endswith(after)
+    function = new.removeprefix(before).removesuffix(after)
+    assert function.count(b"\n") == function.count(b"\r\n")
+
+    (entry,) = ledger(folder)
+    said = planpatch("ledger", "rollback", entry["id"], cwd=folder)
+    assert said.code == 0, said.err
+    assert file.read_bytes() == old
+
+
+@pytest.mark.slow
+def test_an_edit_that_crossed_typing_is_never_recorded_as_applied(script: Script, folder: Path) -> None:
+    write(folder / "changed.py", CLAMP)
+    write(folder / "fresh.py", CLAMP)
+    script("skipped_edit")
+    entries = ledger(folder)
+    assert [(Path(one["path"]).name, one["is_applied"]) for one in entries] == [("fresh.py", False), ("changed.py", False)]
+
+
+@pytest.mark.slow
+def test_the_optional_lua_file_asks_for_an_intent_shows_the_diff_cancels_and_rolls_back(
+    script: Script, folder: Path
+) -> None:
+    text = write(folder / "clamp.py", CLAMP + long_function())
+    script("commands")
+    assert (folder / "clamp.py").read_bytes() == text

@@ -11,7 +11,7 @@ local T = {
   messages = {}, -- of every window/showMessage
   progress = {}, -- parameters of every $/progress
 }
-local PATIENCE_MS = 240 * 1000
+local PATIENCE_MS = tonumber(os.getenv('NVP') or 240) * 1000
 
 function T.say(...)
   io.stdout:write(table.concat(vim.tbl_map(tostring, { ... }), ' '), '\n')
@@ -22,7 +22,8 @@ function T.fail(what)
   T.say('messages:', vim.inspect(T.messages))
   T.say('questions:', vim.inspect(T.questions))
   T.say('last menu:', vim.inspect(T.menus[#T.menus]))
-  T.say('buffer:', vim.inspect(T.lines()))
+  T.say('buffer:', vim.inspect(vim.list_slice(T.lines(), 1, 40)))
+  T.say('ledger, as last seen:', vim.inspect(T.last_ledger))
   T.say('printed:', vim.fn.execute('messages'))
   local log = io.open(vim.lsp.get_log_path())
   T.say('log:', log and log:read('*a'):sub(-4000) or 'none')
@@ -104,11 +105,15 @@ function T.client()
   return vim.lsp.get_clients({ name = 'planpatch' })[1]
 end
 
---- Set up as the guide says, and open a file.
-function T.start(file, blocks)
+--- Set up as the guide says, with settings of the test, and open a file.
+function T.start(file, blocks, settings)
   vim.cmd('filetype plugin on')
+  vim.opt.runtimepath:prepend(vim.fn.stdpath('config')) -- which --clean leaves out
   for _, block in ipairs(blocks or { 'config' }) do
     dofile(vim.fs.joinpath(arg[1], block .. '.lua'))
+  end
+  if settings then
+    vim.lsp.config('planpatch', { settings = { planpatch = settings } })
   end
   vim.cmd.edit(file)
   T.buffer = vim.api.nvim_get_current_buf()
@@ -116,6 +121,13 @@ function T.start(file, blocks)
     local client = T.client()
     return client and client.initialized and client.attached_buffers[T.buffer]
   end)
+end
+
+--- Change settings while the server runs.
+function T.set(settings)
+  local client = T.client()
+  client.settings = { planpatch = settings }
+  client:notify('workspace/didChangeConfiguration', { settings = client.settings })
 end
 
 --- Put the cursor on the line that holds a text.
@@ -134,16 +146,16 @@ function T.lines()
   return vim.api.nvim_buf_get_lines(T.buffer, 0, -1, true)
 end
 
---- Type a new line below the cursor, as a user does.
-function T.type_below(text)
-  vim.api.nvim_feedkeys(vim.keycode('o' .. text .. '<Esc>'), 'x', false)
+--- Press keys, as a user does: what was changed before is an undo step of its own.
+function T.press(keys)
+  vim.api.nvim_feedkeys(vim.keycode(keys), 'tx', false)
 end
 
 --- The titles of the code action menu at the cursor; `wanted` is chosen if it is there.
 function T.menu(wanted, open)
   local num_menus, num_printed = #T.menus, 0
   T.user.action = wanted
-  ;(open or vim.lsp.buf.code_action)()
+  T.press(open or 'gra') -- Neovim's own key for code actions
   vim.wait(3000, function()
     return #T.menus > num_menus
   end, 10)
@@ -165,8 +177,11 @@ end
 --- What `planpatch ledger list` says, newest first.
 function T.ledger()
   local said = vim.system({ 'planpatch', 'ledger', 'list', '--json' }, { text = true }):wait()
-  T.check(said.code == 0, 'planpatch ledger list: ' .. said.stderr)
-  return vim.json.decode(said.stdout)
+  if said.code ~= 0 then
+    T.fail('planpatch ledger list: ' .. said.stderr)
+  end
+  T.last_ledger = vim.json.decode(said.stdout)
+  return T.last_ledger
 end
 
 --- Run a command of the server and return its result.

@@ -3,11 +3,8 @@ local T = dofile(vim.fs.joinpath(vim.fs.dirname(arg[0]), 'driver.lua'))
 T.start('clamp.py', { 'config', 'keys' })
 
 T.go_to('def clamp')
-T.type_below('# pp: return low when x is too small')
-local function open_by_key()
-  vim.api.nvim_feedkeys(vim.keycode('\\pp'), 'x', false)
-end
-T.choose('PlanPatch: plan a change to `clamp`', open_by_key)
+T.press('o# pp: return low when x is too small<Esc>')
+T.choose('PlanPatch: plan a change to `clamp`', '\\pp')
 T.wait('the plan document is open', function()
   return vim.api.nvim_buf_get_name(0):match('plans/.*%.md$')
 end)
