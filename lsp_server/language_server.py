@@ -170,7 +170,8 @@ class PlanPatchServer(LanguageServer):
         capabilities = self._as_json(params.capabilities)
         options = params.initialization_options
         options = cast("dict[str, Any]", options) if isinstance(options, dict) else {}
-        encoding = str(getattr(self.protocol.workspace.position_encoding, "value", "utf-16"))
+        found: Any = self.protocol.workspace.position_encoding  # a name, or pygls' enumeration of them
+        encoding = str(getattr(found, "value", found))
         name = params.client_info.name if params.client_info else ""
         profile = ClientProfile.of(name, capabilities, cast("Encoding", encoding), options)
         folders = [folder.uri for folder in params.workspace_folders or []] or [params.root_uri or ""]
