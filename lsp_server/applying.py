@@ -35,6 +35,7 @@ from lsp_server.targets import hunks_argument
 Turn = Literal["rollback", "redo"]
 Outcome = Literal["applied", "not applied", "diverged"]
 
+SETTLE_S = 2.0  # how long the end waits for what is being recorded
 CHECK_S = 3.0  # how long after an edit the client's text is waited for
 TAKE_BACK, KEEP = "Take it back", "Keep it"
 _MOST_HUNKS_APART = 6  # of more hunks than this not every choice is looked for
@@ -198,6 +199,13 @@ class Applier:
                 del file.late[patch_id]
                 self._spawn(self._applied_late(file, patch_id, hunks))
         file.changed.set()
+
+    async def settle(self) -> None:
+        """The client goes away: record the edits that it made; those that no document shows are given up."""
+        for file in self._files:
+            if file.lock.locked() and (file.search is None or file.search.found is not None):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(file.lock.acquire(), SETTLE_S)
 
     async def _applied_late(self, file: OpenFile, patch_id: str, hunks: tuple[int, ...]) -> None:
         await self._records.do(lambda ledger: ledger.record(patch_id, "applied", hunks=hunks, late=True))

@@ -116,7 +116,8 @@ class Workbench:
         self._said: set[tuple[str, str]] = set()
 
     async def close(self) -> None:
-        """End every job and close the ledger."""
+        """End every job and close the ledger; of an edit that a document shows already, the ledger is told first."""
+        await self.applier.settle()
         await self.jobs.close()
         tasks = list(self._tasks)
         for task in tasks:
