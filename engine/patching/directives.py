@@ -31,6 +31,18 @@ def directive_intent(source: Source, scope: Scope) -> str:
     return " ".join(intent for _, _, intent in _directives(source, scope) if intent)
 
 
+def is_directive(comment: str) -> bool:
+    """Whether a comment, with its `#`, is a directive.
+
+    Args:
+        comment: The comment.
+
+    Returns:
+        Whether it is one.
+    """
+    return _DIRECTIVE.match(comment) is not None
+
+
 def without_directives(source: Source, scope: Scope) -> tuple[Source, Scope]:
     """The text as if no directive had been written into a scope.
 

@@ -12,6 +12,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from engine.patching.directives import is_directive
 from engine.patching.edits import Edit, apply_edits, new_lines
 from engine.patching.scopes import ParseFault, Scope, definitions, parse_text, standalone_text
 from engine.patching.source import Source
@@ -126,9 +127,10 @@ def _num_removed_comments(old: str, new: str) -> int:
 
 
 def _comments(text: str) -> Counter[str]:
-    """Comments without their marks; rules and empty ones are left out."""
+    """Comments without their marks; rules, empty ones and directives, which a patch is meant to remove, are left out."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    words = (" ".join(token.string.lstrip("#").split()) for token in tokens if token.type == tokenize.COMMENT)
+    found = (token.string for token in tokens if token.type == tokenize.COMMENT and not is_directive(token.string))
+    words = (" ".join(comment.lstrip("#").split()) for comment in found)
     return Counter(comment for comment in words if any(map(str.isalnum, comment)))
 
 

@@ -112,6 +112,10 @@ def test_rules_and_empty_comments_are_no_loss() -> None:
     assert removed("# ------\n#\nx = 1\n", "x = 1\n") == ""
 
 
+def test_a_directive_is_no_loss() -> None:
+    assert removed("def f():\n    # pp: return 1\n    return 0  # zero\n", "def f():\n    return 1\n") == "1 comment"
+
+
 def test_text_that_does_not_parse_has_lost_nothing() -> None:
     assert removed("def f(:  # a\n", "def f():\n    pass\n") == ""
     assert removed("def f():  # a\n    pass\n", "def f():\n  '''\n") == ""
