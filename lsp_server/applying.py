@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from engine.errors import GateError, StaleTextError, UsageError
+from engine.errors import GateError, SourceError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.gates import run_gates
 from engine.patching.ledger import Ledger
@@ -180,14 +180,26 @@ class Applier:
         self._on_change(file)
 
     async def _offer_inverse(self, file: OpenFile, entry: Entry) -> None:
+        fault = ""
         if file.text == normalised(_base(entry).text):
-            self._editor.show_message(
-                "PlanPatch: the editor said that it applied the patch, but its text did not change", Severity.WARNING
-            )
+            fault = "its text did not change"
+        elif not await self._can_take_back(file, entry):  # Neovim skips an edit of a text that was typed into
+            fault = "the patch is not found in the text, which changed meanwhile. Look at it, and ask for the patch again"
+        if fault:
+            message = f"PlanPatch: the editor said that it applied the patch, but {fault}"
+            self._editor.show_message(message, Severity.WARNING)
             return
         question = "PlanPatch: after applying, the text is not what the patch makes of it."
         if await self._editor.ask(question, [TAKE_BACK, KEEP]) == TAKE_BACK:
             self._spawn(self.turn("rollback", entry.id, None))
+
+    async def _can_take_back(self, file: OpenFile, entry: Entry) -> bool:
+        try:
+            source = file.source()
+            await self._records.do(lambda ledger: ledger.plan_rollback(entry.id, source))
+        except (StaleTextError, SourceError):
+            return False
+        return True
 
     def did_change(self, file: OpenFile) -> None:
         """Look for what is waited for in a document's new text."""
