@@ -145,7 +145,8 @@ def test_an_edit_that_crossed_typing_is_never_recorded_as_applied(script: Script
     write(folder / "fresh.py", CLAMP)
     script("skipped_edit")
     entries = ledger(folder)
-    assert [(Path(one["path"]).name, one["is_applied"]) for one in entries] == [("fresh.py", False), ("changed.py", False)]
+    states = [(Path(one["path"]).name, one["state"]) for one in entries]
+    assert states == [("fresh.py", "rolled_back"), ("changed.py", "diverged")]
 
 
 @pytest.mark.slow
