@@ -184,7 +184,9 @@ class Applier:
         if file.text == normalised(_base(entry).text):
             fault = "its text did not change"
         elif not await self._can_take_back(file, entry):  # Neovim skips an edit of a text that was typed into
-            fault = "the patch is not found in the text, which changed meanwhile. Look at it, and ask for the patch again"
+            fault = (
+                "the patch is not found in the text, which changed meanwhile. Look at it, and ask for the patch again"
+            )
         if fault:
             message = f"PlanPatch: the editor said that it applied the patch, but {fault}"
             self._editor.show_message(message, Severity.WARNING)

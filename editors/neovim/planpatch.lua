@@ -8,20 +8,20 @@
 --     :PlanPatchCancel             cancel the job that runs
 --     :PlanPatchRollback           take the last patch out of this file
 --
--- In the window: `a` applies the patch, `r` rejects it, `q` closes the window and leaves the patch waiting.
+-- In the window: `a` applies the patch, `r` rejects it, `q` closes the window and leaves the patch waiting. Keys that come
+-- as it opens were meant for something else: `a` and `r` do nothing in the first half second.
 local M = {}
 
 local NAME = 'planpatch'
 local QUESTION = 'window/showMessageRequest'
+local DEAF_NS = 500 * 1000 * 1000
 
---- The last patch: { id, client_id, bufnr }.
-local last
+local last -- the last patch: { id, client_id, bufnr }
 
 local function warn(message)
   vim.notify('PlanPatch: ' .. message, vim.log.levels.WARN)
 end
 
---- The server of a buffer; warns where there is none.
 local function client_of(bufnr)
   local client = vim.lsp.get_clients({ name = NAME, bufnr = bufnr })[1]
   if client == nil then
@@ -50,10 +50,9 @@ local function open_window(lines, title, footer)
   vim.bo[bufnr].bufhidden = 'wipe'
   vim.bo[bufnr].filetype = 'diff'
   vim.bo[bufnr].modifiable = false
-  local longest = 40
-  for _, line in ipairs(lines) do
-    longest = math.max(longest, vim.fn.strdisplaywidth(line))
-  end
+  local longest = vim.iter(lines):fold(40, function(most, line)
+    return math.max(most, vim.fn.strdisplaywidth(line))
+  end)
   local width = math.max(1, math.min(longest + 1, vim.o.columns - 4))
   local height = math.max(1, math.min(#lines, vim.o.lines - 6))
   local window = vim.api.nvim_open_win(bufnr, true, {
@@ -65,7 +64,6 @@ local function open_window(lines, title, footer)
     border = 'rounded',
     title = ' ' .. title .. ' ',
     footer = ' ' .. footer .. ' ',
-    style = 'minimal',
   })
   return bufnr, window
 end
@@ -76,8 +74,13 @@ local function show(patch, entry)
   local lines = vim.split(entry.diff, '\n', { trimempty = true })
   local bufnr, window = open_window(lines, 'PlanPatch: ' .. entry.intent:gsub('%s+', ' '), footer)
 
+  local opened_at = vim.uv.hrtime()
+
   local function key(name, command)
     vim.keymap.set('n', name, function()
+      if command and vim.uv.hrtime() - opened_at < DEAF_NS then
+        return
+      end
       vim.api.nvim_win_close(window, true)
       local client = vim.lsp.get_client_by_id(patch.client_id)
       if command and client then
@@ -118,7 +121,13 @@ end
 local function on_question(err, params, context)
   for _, action in ipairs(params.actions or {}) do
     if action.title == 'Show diff' and last then
-      vim.schedule(M.diff)
+      vim.schedule(function()
+        if vim.api.nvim_get_mode().mode == 'n' then
+          M.diff()
+        else
+          vim.notify('PlanPatch: a patch is ready, :PlanPatchDiff shows it')
+        end
+      end)
       return vim.NIL
     end
   end

@@ -127,7 +127,7 @@ def _num_removed_comments(old: str, new: str) -> int:
 
 
 def _comments(text: str) -> Counter[str]:
-    """Comments without their marks; rules, empty ones and directives, which a patch is meant to remove, are left out."""
+    """Comments without their marks; rules, empty ones and directives, which patches remove, are left out."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     found = (token.string for token in tokens if token.type == tokenize.COMMENT and not is_directive(token.string))
     words = (" ".join(comment.lstrip("#").split()) for comment in found)

@@ -1,7 +1,7 @@
 """Real Neovim, set up as docs/editors/neovim.md says, with the real server and the real 0.5B.
 
-What the user does is in tests/editors/lua/, a script for each test; what the file and the ledger have become is looked at
-here as well.
+What the user does is in tests/editors/lua/, a script for each test or each Neovim of it; what became of the file and the
+ledger is looked at here as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import installed_launcher, planpatch
-from tests.editors.neovim import run_lua
+from tests.editors.neovim import LUA, run_lua
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GUIDE = (ROOT / "docs" / "editors" / "neovim.md").read_text(encoding="utf-8")
@@ -29,6 +29,7 @@ def clamp(x, low, high):
         return high
     return min(x, high)
 '''
+BLOCKS = dict(re.findall(r"<!-- ([\w-]+) -->\n```lua\n(.*?)```", GUIDE, re.DOTALL))
 Script = Callable[..., str]
 
 
@@ -44,7 +45,7 @@ def script(home: Path, folder: Path, tmp_path: Path, model_folder_05b: Path) -> 
     """Runs one script in the workspace; returns what it printed."""
     snippets = tmp_path / "guide"
     snippets.mkdir()
-    for name, text in re.findall(r"<!-- ([\w-]+) -->\n```lua\n(.*?)```", GUIDE, re.DOTALL):
+    for name, text in BLOCKS.items():
         (snippets / f"{name}.lua").write_text(text, encoding="utf-8")
     own_lua = folder / ".neovim" / "config" / "nvim" / "lua"
     own_lua.mkdir(parents=True)
@@ -81,6 +82,15 @@ def long_function() -> str:
     return f"\n\ndef long(x, table):\n{''.join(branches)}    return None\n"
 
 
+def test_every_block_of_the_guide_is_run_by_a_script() -> None:
+    started = "".join("".join(re.findall(r"T\.start\(.*\)", script.read_text())) for script in LUA.glob("*.lua"))
+    run = set(re.findall(r"'(\w+)'", started))
+    assert set(BLOCKS) <= run
+    assert GUIDE.count("```") == 2 * len(BLOCKS)
+    for link in re.findall(r"\]\(([^)#]+)", GUIDE):
+        assert (ROOT / "docs" / "editors" / link).exists(), link
+
+
 @pytest.mark.slow
 def test_a_plan_is_edited_patched_applied_saved_and_rolled_back_after_a_restart(script: Script, folder: Path) -> None:
     file = folder / "clamp.py"
@@ -91,6 +101,10 @@ def test_a_plan_is_edited_patched_applied_saved_and_rolled_back_after_a_restart(
     assert patched.startswith(CLAMP[: CLAMP.index("    if")])
     (entry,) = ledger(folder)
     assert (entry["state"], entry["label"], entry["scope"]) == ("applied", "unreviewed", "clamp")
+
+    shown = planpatch("ledger", "show", entry["id"], "--json", cwd=folder).json
+    assert shown["plan_text"] == "When x < low, return low instead of high."
+    assert all(verdict["ok"] for verdict in shown["gates"]) and shown["gates"]
 
     script("roll_back")
     directive = "    # pp: return low when x is too small\n"
@@ -128,7 +142,6 @@ def test_bytes_outside_the_function_are_kept(script: Script, folder: Path) -> No
     old = write(file, "".join(SHAPES))
     script("odd_bytes")
     new = file.read_bytes()
-    print(new)
     assert new != old and new.startswith(before) and new.endswith(after)
     function = new.removeprefix(before).removesuffix(after)
     assert function.count(b"\n") == function.count(b"\r\n")

@@ -14,7 +14,6 @@ end
 T.go_to('def clamp')
 T.press(':PlanPatch<CR>' .. intent .. '<CR>')
 local diff = wait_for_window()
-T.say(vim.inspect(diff))
 T.check(T.seen(diff, '-        return high') and T.seen(diff, '@@'), 'it shows a diff')
 T.check(T.ledger()[1].intent == intent, 'the intent is what was typed')
 T.press('q')
@@ -23,6 +22,9 @@ T.check(T.ledger()[1].state == 'proposed' and vim.deep_equal(T.lines(), old), 'a
 
 vim.cmd('PlanPatchDiff')
 wait_for_window()
+T.press('a')
+T.check(vim.bo.filetype == 'diff' and T.ledger()[1].state == 'proposed', '`a` does nothing at first')
+vim.wait(600)
 T.press('a')
 T.wait('`a` puts the patch into the buffer', function()
   return not vim.deep_equal(T.lines(), old)
@@ -41,6 +43,7 @@ end)
 -- The history: the same intent again, by the arrow key.
 T.press(':PlanPatch<CR><Up><CR>')
 wait_for_window()
+vim.wait(600)
 T.press('r')
 T.wait('`r` is a verdict', function()
   return T.ledger()[1].state == 'rejected' and T.ledger()[1].intent == intent

@@ -1,6 +1,12 @@
 -- A question that is dismissed, "Apply: …" from the menu, one undo step, redo, "Reject: …", and jobs that are cancelled.
 local T = dofile(vim.fs.joinpath(vim.fs.dirname(arg[0]), 'driver.lua'))
-T.start('clamp.py', { 'config', 'cancel' })
+local status_lines = {}
+vim.api.nvim_create_autocmd('LspProgress', {
+  callback = function()
+    table.insert(status_lines, vim.api.nvim_eval_statusline(vim.o.statusline, { maxwidth = 200 }).str)
+  end,
+})
+T.start('clamp.py', { 'config', 'progress', 'cancel' })
 local old = T.lines()
 
 local function state()
@@ -63,6 +69,7 @@ local function start_long_job()
 end
 local lines_before = T.lines()
 start_long_job()
+T.check(T.seen(status_lines, 'PlanPatch: patch for long: PATCH: '), 'the status line shows it')
 T.choose('PlanPatch: cancel ')
 T.wait_idle(20000)
 T.check(T.progress[#T.progress].value.kind == 'end', 'its progress has ended')

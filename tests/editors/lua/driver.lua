@@ -11,7 +11,7 @@ local T = {
   messages = {}, -- of every window/showMessage
   progress = {}, -- parameters of every $/progress
 }
-local PATIENCE_MS = tonumber(os.getenv('NVP') or 240) * 1000
+local PATIENCE_MS = 240 * 1000
 
 function T.say(...)
   io.stdout:write(table.concat(vim.tbl_map(tostring, { ... }), ' '), '\n')

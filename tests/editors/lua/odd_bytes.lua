@@ -6,7 +6,6 @@ vim.bo.fixendofline = false
 local old = T.lines()
 
 T.go_to('return width + height')
-T.say(vim.inspect(T.menu()))
 T.command('planpatch.patch', {
   uri = vim.uri_from_bufnr(T.buffer),
   position = { line = vim.api.nvim_win_get_cursor(0)[1] - 1, character = 3 },

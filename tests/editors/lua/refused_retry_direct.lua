@@ -9,7 +9,6 @@ T.choose('PlanPatch: add type hints')
 local found = T.wait('a diagnostic says why it was refused', function()
   return vim.diagnostic.get(T.buffer)[1]
 end)
-T.say(vim.inspect(found))
 T.check(found.severity == vim.diagnostic.severity.INFO and found.source == 'planpatch', 'it is information of PlanPatch')
 T.check(found.code == 'tokens' and found.message:find('reached its limit of %d+ tokens'), 'it names the budget')
 T.check(found.lnum == vim.api.nvim_win_get_cursor(0)[1] - 1, 'it stands at the function')
