@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from engine.errors import CancelledError, PlanPatchError, StaleTextError, UsageError
+from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.directives import directive_intent
 from engine.patching.ledger import Ledger
@@ -28,7 +29,7 @@ from engine.patching.source import Source
 from lsp_server.applying import CHECK_S, Applier
 from lsp_server.code_actions import ActionState, Offer, function_at
 from lsp_server.documents import Document, Position
-from lsp_server.edit_jobs import Job, JobEngine, JobKind, Jobs, TokenReports
+from lsp_server.edit_jobs import Job, JobKind, Jobs, TokenReports
 from lsp_server.editor import Editor, Note, Severity
 from lsp_server.labels import Labels
 from lsp_server.model_host import HostStatus
@@ -468,7 +469,9 @@ class Workbench:
                 engine = await asyncio.to_thread(self.model.wait, job.is_cancelled)
                 settings = self.settings_of(path_of(target.uri))
                 options = patcher_options(settings, "lsp", on_gpu=engine.status().device != "cpu")
-                patcher = Patcher(JobEngine(engine, job), await self.records.ledger(), options)
+                mine = CancellableEngine(engine, job.is_cancelled)
+                job.on_cancel = mine.cancel_all
+                patcher = Patcher(mine, await self.records.ledger(), options)
                 job.is_generating = True
                 self.jobs.change(job, "running", "reading the code")
                 self.editor.report_progress(job.token, "reading the code")
