@@ -86,6 +86,12 @@ class PlanPatchServer(LanguageServer):
         self._mark = ServerMark(self._session.paths.servers)
         self._background: set[asyncio.Task[None]] = set()
         _register(self)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Have cattrs make its converters now: it does so at the first message of a kind, which is `initialize`."""
+        message = {"jsonrpc": "2.0", "id": 0, "method": types.INITIALIZE}
+        self.protocol.structure_message({**message, "params": {"processId": None, "capabilities": {}}})
 
     @property
     def bench_or_none(self) -> Workbench | None:
@@ -467,7 +473,7 @@ class PlanPatchServer(LanguageServer):
         diagnostics = params.context.diagnostics
         request = action_request(params, [self._as_json(one) for one in diagnostics])
         try:
-            file.source()
+            file.check()
         except PlanPatchError as error:
             if not request.is_automatic:
                 bench.tell_once(file.document.uri, said(error))
