@@ -186,7 +186,7 @@ def _writing_actions(name: str, where: Mapping[str, Any], state: ActionState) ->
         found.append(Action(title, PLAN_KIND, "planpatch.patch", {**where, "planId": "document"}))
     found += [
         Action(
-            f"PlanPatch: {_lower_first(preset.title)}{later}", PATCH_KIND, "planpatch.patch", where | {"preset": key}
+            f"PlanPatch: {_lower_first(preset.title)}{later}", PATCH_KIND, "planpatch.patch", {**where, "preset": key}
         )
         for key, preset in state.presets.items()
         if name

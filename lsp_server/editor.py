@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from lsp_server.documents import Encoding, Position
 
@@ -71,10 +71,11 @@ class ClientProfile:
         def has(path: str) -> bool:
             value: Any = capabilities
             for key in path.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
-            return bool(value) or isinstance(value, Mapping)
+                value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
+            return bool(value) or value == {}
 
         wanted = options.get("notifications")
+        names = cast("Sequence[object]", wanted) if isinstance(wanted, (list, tuple)) else ()
         return cls(
             name=name,
             encoding=encoding,
@@ -87,7 +88,7 @@ class ClientProfile:
             tells_save_reason=has("textDocument.synchronization.willSave"),
             has_disabled_actions=has("textDocument.codeAction.disabledSupport") and name.lower() != "helix",
             has_configuration=has("workspace.configuration"),
-            notifications=frozenset(map(str, wanted)) if isinstance(wanted, Sequence) else frozenset(),
+            notifications=frozenset(map(str, names)),
         )
 
 

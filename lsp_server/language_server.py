@@ -1,7 +1,7 @@
 """`planpatch lsp`: the language server over stdio or loopback TCP.
 
-Handlers convert, call the workbench, and convert back. `initialize` is answered before torch is imported; the model loads
-behind it. A command is answered at once, with a job's id where there is work to do.
+Handlers convert, call the workbench, and convert back. `initialize` is answered before torch is imported; the model
+loads behind it. A command is answered at once, with a job's id where there is work to do.
 
 Documents are kept by `documents.py` and not by pygls, whose lines end where the protocol's do not.
 """
@@ -9,35 +9,36 @@ Documents are kept by `documents.py` and not by pygls, whose lines end where the
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from lsprotocol import types
-from pygls.exceptions import JsonRpcException, JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
-from pygls.protocol import LanguageServerProtocol, default_converter
-from pygls.protocol.language_server import lsp_method
+from pygls.protocol import default_converter
 
 from engine.errors import PlanPatchError, UsageError
 from engine.patching.ledger_records import Surface
 from lsp_server import code_actions
+from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
-from lsp_server.lsp_editor import LspEditor, action_request, code_action, document_changes
+from lsp_server.lsp_editor import LspEditor, action_request, code_action
+from lsp_server.lsp_protocol import Protocol
 from lsp_server.model_host import HostStatus, ModelHost, ServerMark
 from lsp_server.session import Session
 from lsp_server.settings import SettingProblem, Settings, load_settings
+from lsp_server.targets import text_argument
 from lsp_server.transport import ThreadWriter, read_on_thread, take_stdio
 from lsp_server.uris import path_of
-from lsp_server.workbench import Workbench
+from lsp_server.workbench import Workbench, said
 
 SURFACE: Surface = "lsp"
 COMMANDS = (
@@ -46,98 +47,11 @@ COMMANDS = (
     *("planpatch.adapter", "planpatch.pull", "planpatch.ledger"),
 )
 MODEL_SETTINGS = ("model", "device", "quantization", "dtype")
-REQUEST_FAILED = -32803
 
 _TICK_S = 5.0
 _FATAL_EXIT_CODE = 3
 
 log = logging.getLogger("planpatch.lsp")
-
-
-class Protocol(LanguageServerProtocol):
-    """pygls' protocol with documents of our own, commands of one argument, and an answer to every request."""
-
-    _server: PlanPatchServer
-
-    def receive(self, body: bytes) -> None:
-        """Handle one message.
-
-        Args:
-            body: Its JSON.
-        """
-        try:
-            raw: Any = json.loads(body)
-        except (ValueError, RecursionError) as fault:
-            log.warning("a message is no JSON: %s", fault)
-            return
-        if not isinstance(raw, dict) or raw.get("jsonrpc") != self.VERSION:
-            log.warning("a message is no JSON-RPC 2.0")
-            return
-        message_id = raw.get("id")
-        is_request = message_id is not None and "method" in raw
-        if is_request and self._is_new() and raw["method"] != types.INITIALIZE:
-            self._answer_error(message_id, -32002, "initialize comes first")
-            return
-        if is_request and self._shutdown:
-            self._answer_error(message_id, -32600, "the server is shutting down")
-            return
-        try:
-            message = self.structure_message(raw)
-        except JsonRpcException as error:
-            if is_request:
-                self._answer_error(message_id, -32602, f"{raw['method']}: the parameters are not the protocol's")
-            log.warning("a message cannot be read: %s", error)
-            return
-        self.handle_message(message)
-
-    def _answer_error(self, message_id: Any, code: int, message: str) -> None:
-        self._send_response(message_id, error=types.ResponseError(code=code, message=message))
-
-    def _is_new(self) -> bool:
-        return self._server.bench_or_none is None
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
-    def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams) -> None:
-        """Keep a document."""
-        item = params.text_document
-        self._server.bench.did_open(item.uri, item.text, item.version, str(item.language_id))
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
-    def lsp_text_document__did_change(self, params: types.DidChangeTextDocumentParams) -> None:
-        """Take in a change."""
-        document = self._server.bench.documents.get(params.text_document.uri)
-        if document is None:
-            log.warning("a change of a document that is not open: %s", params.text_document.uri)
-            return
-        document.change(document_changes(params), params.text_document.version)
-        self._server.bench.did_change(params.text_document.uri)
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
-    def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
-        """Forget a document."""
-        self._server.bench.did_close(params.text_document.uri)
-
-    @lsp_method(types.WORKSPACE_EXECUTE_COMMAND)
-    async def lsp_workspace__execute_command(self, params: types.ExecuteCommandParams) -> Any:
-        """Run one of `COMMANDS`; errors of ours become the response's error, with their facts as its data."""
-        try:
-            return await self._server.execute(params.command, params.arguments or [])
-        except PlanPatchError as error:
-            message = f"{error.message}. {error.hint}".strip()
-            code = -32602 if isinstance(error, UsageError) else REQUEST_FAILED
-            raise JsonRpcException(message, code, error.to_json()) from error
-
-    @lsp_method(types.WINDOW_WORK_DONE_PROGRESS_CANCEL)
-    def lsp_work_done_progress_cancel(self, params: types.WorkDoneProgressCancelParams) -> None:
-        """Cancel the job whose progress it is."""
-        job = self._server.bench.jobs.get(str(params.token).removeprefix("planpatch/"))
-        if job is not None:
-            self._server.bench.jobs.cancel(job)
-
-    @lsp_method(types.EXIT)
-    def lsp_exit(self, *_: object) -> None:
-        """End the process: 0 after `shutdown`, else 1."""
-        self._server.end(0 if self._shutdown else 1)
 
 
 class PlanPatchServer(LanguageServer):
@@ -149,7 +63,7 @@ class PlanPatchServer(LanguageServer):
     """
 
     def __init__(self, environ: Mapping[str, str], options: Mapping[str, object]) -> None:
-        super().__init__(
+        super().__init__(  # pyright: ignore[reportUnknownMemberType]
             "planpatch", version("planpatch"), protocol_cls=Protocol, converter_factory=default_converter, max_workers=2
         )
         self._environ = dict(environ)
@@ -234,12 +148,12 @@ class PlanPatchServer(LanguageServer):
             await asyncio.sleep(_TICK_S)
             if self._bench is None:
                 continue
-            if self._bench.fatal.is_set():
+            if self._bench.has_failed.is_set():
                 await self._end_of_engine()
             if self._client_process is not None and not _is_alive(self._client_process):
                 log.warning("the client's process %d is gone", self._client_process)
                 self.end(1)
-            await self._bench.tick()
+            await self._bench.labels.tick()
 
     async def _end_of_engine(self) -> None:
         """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
@@ -253,7 +167,7 @@ class PlanPatchServer(LanguageServer):
 
     def initialize(self, params: types.InitializeParams) -> None:
         """Learn what the client can do and where it works."""
-        capabilities = cast("dict[str, Any]", self.protocol._converter.unstructure(params.capabilities))  # pyright: ignore[reportPrivateUsage]
+        capabilities = self._as_json(params.capabilities)
         options = params.initialization_options
         options = cast("dict[str, Any]", options) if isinstance(options, dict) else {}
         encoding = str(getattr(self.protocol.workspace.position_encoding, "value", "utf-16"))
@@ -273,7 +187,7 @@ class PlanPatchServer(LanguageServer):
             self.settings_of,
         )
 
-    def initialized(self) -> None:
+    def initialized(self, _params: types.InitializedParams) -> None:
         """The client is ready: ask it for settings, then load the model."""
         self._spawn(self._begin())
 
@@ -333,8 +247,9 @@ class PlanPatchServer(LanguageServer):
             params: The notification; its settings count where the client does not answer `workspace/configuration`.
         """
         found = await self.editor.configuration("planpatch")
-        if found is None and isinstance(params.settings, dict):
-            table = cast("dict[str, Any]", params.settings)
+        settings: Any = params.settings
+        if found is None and isinstance(settings, dict):
+            table = cast("dict[str, Any]", settings)
             found = table.get("planpatch", table)
         if not isinstance(found, dict):
             return
@@ -346,6 +261,16 @@ class PlanPatchServer(LanguageServer):
             self._host.start(self._session)
         elif before.adapter != after.adapter:
             await self._use_adapter()
+
+    def will_save(self, params: types.WillSaveTextDocumentParams) -> None:
+        """Remember why the next save happens."""
+        if (file := self.bench.files.get(params.text_document.uri)) is not None:
+            self.bench.labels.will_save(file, is_manual=params.reason == types.TextDocumentSaveReason.Manual)
+
+    def did_save(self, params: types.DidSaveTextDocumentParams) -> None:
+        """A save by hand may accept patches."""
+        if (file := self.bench.files.get(params.text_document.uri)) is not None:
+            self.bench.labels.did_save(file)
 
     def change_folders(self, params: types.DidChangeWorkspaceFoldersParams) -> None:
         """Add and remove workspace folders."""
@@ -418,23 +343,21 @@ class PlanPatchServer(LanguageServer):
         handler = self._handlers().get(command)
         if handler is None:
             raise UsageError(f"There is no command {command!r}", hint=f"Commands: {', '.join(COMMANDS)}")
-        argument = arguments[0] if arguments else {}
-        if argument is None:
-            argument = {}
+        argument: Any = (arguments[0] if arguments else None) or {}
         if not isinstance(argument, Mapping) or len(arguments) > 1:
             raise UsageError(f"{command} takes one object", hint="Such as {uri, position, intent}.")
-        result = handler(cast("Mapping[str, Any]", argument))
-        return await result if isinstance(result, Awaitable) else result
+        result: Any = handler(cast("Mapping[str, Any]", argument))
+        return await result if asyncio.iscoroutine(result) else result
 
     def _handlers(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
         return {
-            "planpatch.plan": lambda argument: self._answer(self.bench.plan(argument)),
-            "planpatch.patch": lambda argument: self._answer(self.bench.patch(argument)),
+            "planpatch.plan": self._plan,
+            "planpatch.patch": self._patch,
             "planpatch.apply": self._apply,
             "planpatch.reject": lambda argument: self.bench.reject(_patch_id(argument), _reason(argument)),
             "planpatch.rollback": lambda argument: self._turn("rollback", argument),
             "planpatch.redo": lambda argument: self._turn("redo", argument),
-            "planpatch.cancel": lambda argument: self.bench.cancel(_text(argument, "jobId")),
+            "planpatch.cancel": lambda argument: self.bench.cancel(text_argument(argument, "jobId")),
             "planpatch.status": lambda argument: self._status(argument),
             "planpatch.feedback": self._feedback,
             "planpatch.model": self._model,
@@ -446,25 +369,31 @@ class PlanPatchServer(LanguageServer):
     def _answer(self, job: Any) -> dict[str, Any]:
         return {"jobId": job.id, "position": len(self.bench.jobs.running()) - 1}
 
+    async def _plan(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        return self._answer(await self.bench.plan(argument))
+
+    async def _patch(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        return self._answer(await self.bench.patch(argument))
+
     def _apply(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         patch_id, hunks = _patch_id(argument), argument.get("hunks")
-        work = lambda: self.bench.apply_patch(patch_id, hunks)  # noqa: E731
-        return self._answer(self.bench.run_command("apply", f"apply {patch_id}", work))
+        work = partial(self.bench.applier.apply, patch_id, hunks)
+        return self._answer(self.bench.run_as_job("apply", f"apply {patch_id}", work))
 
-    def _turn(self, operation: str, argument: Mapping[str, Any]) -> dict[str, Any]:
-        patch_id, uri = _text(argument, "patchId"), _text(argument, "uri")
+    def _turn(self, turn: Turn, argument: Mapping[str, Any]) -> dict[str, Any]:
+        patch_id, uri = text_argument(argument, "patchId"), text_argument(argument, "uri")
         if patch_id is None and uri is None:
             raise UsageError("The argument has neither `patchId` nor `uri`")
-        work = lambda: self.bench.turn(operation, patch_id, uri)  # noqa: E731
-        return self._answer(self.bench.run_command(operation, f"{operation} {patch_id or uri}", work))
+        work = partial(self.bench.applier.turn, turn, patch_id, path_of(uri) if uri else None)
+        return self._answer(self.bench.run_as_job(turn, f"{turn} {patch_id or uri}", work))
 
     def _status(self, argument: Mapping[str, Any]) -> dict[str, Any]:
-        if (job_id := _text(argument, "jobId")) is not None:
+        if (job_id := text_argument(argument, "jobId")) is not None:
             job = self.bench.jobs.get(job_id)
             if job is None:
                 raise UsageError(f"There is no job {job_id!r}")
             return {**job.to_json(), "position": self.bench.jobs.position(job)}
-        settings = self.settings_of(path_of(_text(argument, "uri") or ""))
+        settings = self.settings_of(path_of(text_argument(argument, "uri") or ""))
         return {"version": self.version, **self.bench.status(), "apply": settings.apply}
 
     async def _feedback(self, argument: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,7 +405,7 @@ class PlanPatchServer(LanguageServer):
         return await self.bench.feedback(_patch_id(argument), accepted, _reason(table))
 
     async def _model(self, argument: Mapping[str, Any]) -> dict[str, Any]:
-        name = _text(argument, "name") or _text(argument, "model")
+        name = text_argument(argument, "name") or text_argument(argument, "model")
         if name is not None:
             self._options["model"] = name
             self._read_settings()
@@ -486,7 +415,7 @@ class PlanPatchServer(LanguageServer):
         return {**self.bench.status(), "models": [info.to_json() for info in infos]}
 
     async def _adapter(self, argument: Mapping[str, Any]) -> dict[str, Any]:
-        name = _text(argument, "name") or _text(argument, "adapter")
+        name = text_argument(argument, "name") or text_argument(argument, "adapter")
         if name is not None:
             self._options["adapter"] = name
             self._read_settings()
@@ -495,7 +424,7 @@ class PlanPatchServer(LanguageServer):
         return {"adapter": str(folder) if folder else None, "setting": self._session.settings.adapter}
 
     def _pull(self, argument: Mapping[str, Any]) -> dict[str, Any]:
-        if (name := _text(argument, "name") or _text(argument, "model")) is not None:
+        if (name := text_argument(argument, "name") or text_argument(argument, "model")) is not None:
             self._options["model"] = name
             self._read_settings()
         self._session.model_ref()
@@ -503,10 +432,10 @@ class PlanPatchServer(LanguageServer):
         return {"state": self._host.status.state}
 
     async def _ledger(self, argument: Mapping[str, Any]) -> dict[str, Any]:
-        ledger = await self.bench.ledger()
-        if (patch_id := _text(argument, "patchId")) is not None:
+        ledger = await self.bench.records.ledger()
+        if (patch_id := text_argument(argument, "patchId")) is not None:
             return (await asyncio.to_thread(ledger.get, patch_id)).to_json()
-        path = path_of(_text(argument, "uri") or "")
+        path = path_of(text_argument(argument, "uri") or "")
         found = await asyncio.to_thread(ledger.list_proposals, path=path)
         return {"proposals": [summary.to_json() for summary in found]}
 
@@ -521,23 +450,25 @@ class PlanPatchServer(LanguageServer):
         Returns:
             Actions with commands.
         """
-        bench, uri = self.bench, params.text_document.uri
-        document = bench.documents.get(uri)
-        if document is None or not bench.is_python(uri):
+        bench, file = self.bench, self.bench.files.get(params.text_document.uri)
+        if file is None or not file.is_python:
             return []
         diagnostics = params.context.diagnostics
-        as_json = [cast("dict[str, Any]", self.protocol._converter.unstructure(one)) for one in diagnostics]  # pyright: ignore[reportPrivateUsage]
-        request = action_request(params, as_json)
-        if document.out_of_step or (reason := bench.why_nothing(uri)):
-            reason = reason if not document.out_of_step else bench.why_nothing(uri)
+        request = action_request(params, [self._as_json(one) for one in diagnostics])
+        try:
+            file.source()
+        except PlanPatchError as error:
             if not request.is_automatic:
-                bench.tell_once(uri, reason)
+                bench.tell_once(file.document.uri, said(error))
             return []
-        state = bench.action_state(uri, request.start.line)
-        if not request.is_automatic and self._host.status.state in ("absent", "failed"):
-            bench.tell_once(uri, f"{self._host.status.message}. {self._host.status.hint}")
-        found = code_actions.actions(document, request, state)
+        host = self._host.status
+        if not request.is_automatic and host.state in ("absent", "failed"):
+            bench.tell_once(file.document.uri, f"{host.message}. {host.hint}")
+        found = code_actions.actions(file.document, request, bench.action_state(file, request.start.line))
         return [code_action(action, diagnostics, self.editor.profile) for action in found]
+
+    def _as_json(self, value: object) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.protocol._converter.unstructure(value))  # pyright: ignore[reportPrivateUsage]
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._logged(work))
@@ -548,7 +479,7 @@ class PlanPatchServer(LanguageServer):
         try:
             await work
         except PlanPatchError as error:
-            self.editor.show_message(f"PlanPatch: {error.message}. {error.hint}".strip(), Severity.ERROR)
+            self.editor.show_message(f"PlanPatch: {said(error)}", Severity.ERROR)
         except Exception:
             log.exception("something went wrong in the background")
 
@@ -556,22 +487,14 @@ class PlanPatchServer(LanguageServer):
 def _register(server: PlanPatchServer) -> None:
     """Join features to the server; their names in pygls' registry become capabilities."""
     feature = server.feature
-    feature(types.INITIALIZE)(lambda params: server.initialize(params))
-    feature(types.INITIALIZED)(lambda _params: server.initialized())
+    feature(types.INITIALIZE)(partial(server.initialize))
+    feature(types.INITIALIZED)(partial(server.initialized))
     options = types.CodeActionOptions(code_action_kinds=list(code_actions.KINDS), resolve_provider=False)
-    feature(types.TEXT_DOCUMENT_CODE_ACTION, options)(lambda params: server.code_actions(params))
-    feature(types.TEXT_DOCUMENT_WILL_SAVE)(
-        lambda params: server.bench.will_save(
-            params.text_document.uri, is_manual=params.reason == types.TextDocumentSaveReason.Manual
-        )
-    )
-    feature(types.TEXT_DOCUMENT_DID_SAVE)(lambda params: server.bench.did_save(params.text_document.uri))
-    feature(types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)(lambda params: server.change_folders(params))
-
-    async def configuration_changed(params: types.DidChangeConfigurationParams) -> None:
-        await server.change_configuration(params)
-
-    feature(types.WORKSPACE_DID_CHANGE_CONFIGURATION)(configuration_changed)
+    feature(types.TEXT_DOCUMENT_CODE_ACTION, options)(partial(server.code_actions))
+    feature(types.TEXT_DOCUMENT_WILL_SAVE)(partial(server.will_save))
+    feature(types.TEXT_DOCUMENT_DID_SAVE)(partial(server.did_save))
+    feature(types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)(partial(server.change_folders))
+    feature(types.WORKSPACE_DID_CHANGE_CONFIGURATION)(partial(server.change_configuration))
     for name in COMMANDS:
         server.command(name)(lambda: None)  # the capability; `Protocol` runs them
 
@@ -579,17 +502,8 @@ def _register(server: PlanPatchServer) -> None:
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _text(argument: Mapping[str, Any], name: str) -> str | None:
-    value = argument.get(name)
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str):
-        raise UsageError(f"`{name}` is text, not {value!r}")
-    return value
-
-
 def _patch_id(argument: Mapping[str, Any]) -> str:
-    patch_id = _text(argument, "patchId")
+    patch_id = text_argument(argument, "patchId")
     if patch_id is None:
         raise UsageError("The argument has no `patchId`", hint="planpatch.ledger lists them.")
     return patch_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pygls.protocol import LanguageServerProtocol
 
 _ANNOTATION = "planpatch.hunk"
-NOTIFICATIONS = ("planpatch/status", "planpatch/job")
+_ANSWER_S = 10.0  # for what a client answers by itself, with no user in between
 
 
 class LspEditor:
@@ -85,7 +86,7 @@ class LspEditor:
         """
         params = types.ShowDocumentParams(uri=uri_of(path), take_focus=True)
         try:
-            return bool(getattr(await self._request(types.WINDOW_SHOW_DOCUMENT, params), "success", False))
+            return bool(getattr(await self._request(types.WINDOW_SHOW_DOCUMENT, params, _ANSWER_S), "success", False))
         except EditorFault:
             return False
 
@@ -128,7 +129,7 @@ class LspEditor:
             return False
         params = types.WorkDoneProgressCreateParams(token=token)
         try:
-            await self._request(types.WINDOW_WORK_DONE_PROGRESS_CREATE, params)
+            await self._request(types.WINDOW_WORK_DONE_PROGRESS_CREATE, params, _ANSWER_S)
         except EditorFault:
             return False
         begin = types.WorkDoneProgressBegin(title=title, cancellable=True, message=message or None)
@@ -164,7 +165,7 @@ class LspEditor:
             return None
         params = types.ConfigurationParams(items=[types.ConfigurationItem(section=section)])
         try:
-            values = await self._request(types.WORKSPACE_CONFIGURATION, params)
+            values = await self._request(types.WORKSPACE_CONFIGURATION, params, _ANSWER_S)
         except EditorFault:
             return None
         return values[0] if values else None
@@ -173,17 +174,18 @@ class LspEditor:
         """`client/registerCapability` of one method; a client that refuses sends nothing then."""
         registration = types.Registration(id=f"planpatch-{method}", method=method, register_options=options)
         try:
-            await self._request(
-                types.CLIENT_REGISTER_CAPABILITY, types.RegistrationParams(registrations=[registration])
-            )
+            params = types.RegistrationParams(registrations=[registration])
+            await self._request(types.CLIENT_REGISTER_CAPABILITY, params, _ANSWER_S)
         except EditorFault:
             pass
 
-    async def _request(self, method: str, params: Any) -> Any:
+    async def _request(self, method: str, params: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await self._protocol.send_request_async(method, params)
+            return await asyncio.wait_for(self._protocol.send_request_async(method, params), timeout_s)
         except JsonRpcException as error:
             raise EditorFault(error.message or str(error)) from error
+        except asyncio.TimeoutError:
+            raise EditorFault(f"{method} was not answered in {timeout_s:g} s") from None
 
 
 def workspace_edit(edit: BufferEdit, profile: ClientProfile) -> types.WorkspaceEdit:

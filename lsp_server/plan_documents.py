@@ -1,8 +1,8 @@
 """Plan documents: a Markdown file for each planned function, which the user may edit in any editor.
 
 It is found again from the *Python* file, so no server has to be attached to Markdown. What counts is the saved file at
-the moment a patch is asked for: the text below `## Intent` and below `## Plan`. Its first line says which function it is
-for; documents outlive the server.
+the moment a patch is asked for: the text below `## Intent` and below `## Plan`. Its first line says which function it
+is for; documents outlive the server.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class PlanDocument:
         path: The Python file.
         function: Qualified name of the function; empty for the whole file.
         plan_id: The plan in the ledger; empty while only an intent was asked for.
+        intent: What it was written for; the file may say something else by now.
     """
 
     file: Path
     path: str
     function: str
     plan_id: str = ""
+    intent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class PlanDocuments:
         key = (path_key(path) or "", function)
         old = self._all().get(key)
         file = old.file if old is not None else self._free_name(path, function)
-        document = PlanDocument(file, str(path), function, plan_id)
+        document = PlanDocument(file, str(path), function, plan_id, intent)
         write_atomically(file, _rendered(document, intent, steps).encode("utf-8"), expected_sha256=None, private=True)
         self._all()[key] = document
         return document

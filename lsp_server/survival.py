@@ -1,8 +1,8 @@
 """What the user's later doings say about an applied patch: the labels that learning uses.
 
-Undo to the old text is a reject. Else a patch is accepted when it is still there at a save by hand at least 60 s after
-it was applied, or 10 minutes after; "still there" is judged by syntax tree, so a formatter changes nothing. One that the
-user changed is accepted with the text as it is then. An explicit verdict is stronger; the ledger sees to that.
+Undo to the old text is a reject. Else a patch is accepted when it is still there at a save by hand at least 60 s
+after it was applied, or 10 minutes after; "still there" is judged by syntax tree, so a formatter changes nothing. One
+that the user changed is accepted with the text as it is then. An explicit verdict is stronger; the ledger sees to that.
 
 Not covered: a patch that was moved to another file, and a function that was renamed: these get no label.
 """

@@ -1,8 +1,8 @@
 """JSON-RPC messages over stdio or one loopback TCP connection.
 
-On stdio nothing else may reach the client: `take_stdio` keeps descriptors 0 and 1 for the protocol and points the numbers
-at the null device and at stderr, so that whatever a library prints, in Python or in C, goes to stderr. Reading and
-writing have threads of their own; a client that does not read never stops the event loop.
+On stdio nothing else may reach the client: `take_stdio` keeps descriptors 0 and 1 for the protocol and points the
+numbers at the null device and at stderr, so that whatever a library prints, in Python or in C, goes to stderr. Reading
+and writing have threads of their own; a client that does not read never stops the event loop.
 
 A connection whose header has other fields than the protocol's is closed: a web page can make a browser post to a
 loopback port, and an HTTP request must not be read as messages.

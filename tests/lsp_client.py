@@ -147,7 +147,7 @@ class LspClient:
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        while chunk := self.process.stderr.read1(65536):
+        while chunk := os.read(self.process.stderr.fileno(), 65536):
             self.stderr += chunk
 
     def errors(self) -> str:

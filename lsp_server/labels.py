@@ -1,0 +1,125 @@
+"""Watches applied patches in open documents and tells the ledger what became of them (survival.py has the rule)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from engine.errors import PlanPatchError
+from engine.patching.ledger_records import UNDONE, Entry, Label, State
+from lsp_server.open_files import OpenFile, OpenFiles
+from lsp_server.records import Records
+from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
+
+_MOST_RECALLED = 50
+
+
+class Labels:
+    """See the module's docstring.
+
+    Args:
+        files: The open documents.
+        records: The ledger.
+        clock: Seconds that only grow.
+        spawn: Runs something on the event loop whose errors are shown.
+        tells_save_reason: Whether the client says before a save why it saves.
+    """
+
+    def __init__(
+        self,
+        files: OpenFiles,
+        records: Records,
+        clock: Callable[[], float],
+        spawn: Callable[[object], None],
+        *,
+        tells_save_reason: bool,
+    ) -> None:
+        self._files = files
+        self._records = records
+        self._clock = clock
+        self._spawn = spawn
+        self._tells_save_reason = tells_save_reason
+
+    async def recall(self, file: OpenFile) -> None:
+        """What the ledger knows of a file that was opened: patches to watch and to roll back."""
+        path = file.path
+        if path is None:
+            return
+        for summary in await self._records.do(lambda ledger: ledger.list_proposals(path=path, limit=_MOST_RECALLED)):
+            is_open = summary.state is State.APPLIED and summary.label is Label.UNREVIEWED
+            if is_open and summary.surface == "lsp" and summary.id not in file.watches:
+                self.watch(file, await self._records.get(summary.id))
+        await self.recall_history(file)
+
+    async def recall_history(self, file: OpenFile) -> None:
+        """What can be rolled back and redone, for the menu."""
+        path = file.path
+        if path is None:
+            return
+        applied = await self._records.do(lambda ledger: ledger.last_applied(path))
+        rolled_back = await self._records.do(lambda ledger: ledger.last_rolled_back(path))
+        file.applied = None if applied is None else (applied.id, applied.proposal.intent)
+        file.rolled_back = None if rolled_back is None else (rolled_back.id, rolled_back.proposal.intent)
+
+    def watch(self, file: OpenFile, entry: Entry) -> None:
+        """Watch a patch that is in a document's text from now on."""
+        file.watches[entry.id] = Watch.of(entry, self._clock())
+
+    def did_change(self, file: OpenFile) -> None:
+        """Notice the editor's own undo and redo."""
+        text = file.text
+        for watch in file.watches.values():
+            finding = watch.turned(text)
+            if finding is not None:
+                watch.is_undone = finding == "undone"
+                watch.applied_at = self._clock()
+                self._spawn(self._note_turned(file, watch, is_undone=watch.is_undone))
+
+    async def _note_turned(self, file: OpenFile, watch: Watch, *, is_undone: bool) -> None:
+        entry = await self._records.get(watch.patch_id)
+        if entry.standing.is_applied is not is_undone:
+            return  # somebody else told the ledger: the command line, say
+        if is_undone:
+            await self._records.do(lambda ledger: ledger.record(watch.patch_id, "rolled_back", reason=UNDONE))
+        else:
+            await self._records.do(lambda ledger: ledger.record(watch.patch_id, "redone", reason="redone"))
+        await self.recall_history(file)
+
+    def will_save(self, file: OpenFile, *, is_manual: bool) -> None:
+        """Remember why the next save happens."""
+        file.save_is_manual = is_manual
+
+    def did_save(self, file: OpenFile) -> None:
+        """A save by hand may accept patches; a client that never gives a reason saves by hand alone."""
+        is_manual = not self._tells_save_reason if file.save_is_manual is None else file.save_is_manual
+        file.save_is_manual = None
+        if is_manual:
+            self._spawn(self._judge(file, KEPT_AT_SAVE_S, "kept at a save by hand"))
+
+    async def tick(self) -> None:
+        """Accept what was kept long enough."""
+        for file in self._files:
+            await self._judge(file, KEPT_S, "kept for 10 minutes")
+
+    async def _judge(self, file: OpenFile, least_s: float, reason: str) -> None:
+        """Label the patches of a document that are old enough; a patch that waits for review comes first."""
+        now = self._clock()
+        due = [one for one in file.watches.values() if not one.is_undone and now - one.applied_at >= least_s]
+        if not due or file.offered():
+            return
+        try:
+            source = file.source()
+        except PlanPatchError:
+            return  # it cannot be read now, and may be later
+        for watch in due:
+            finding = await asyncio.to_thread(watch.judge, source)
+            if finding in ("kept", "changed"):
+                final = source.to_bytes() if finding == "changed" else None
+                why = f"{reason}, changed by the user" if finding == "changed" else reason
+                await self._records.do(
+                    lambda ledger, one=watch, text=final, said=why: ledger.label(
+                        one.patch_id, "accepted", reason=said, final_text=text
+                    )
+                )
+            if finding != "undone":
+                file.watches.pop(watch.patch_id, None)
