@@ -9,6 +9,7 @@ Documents are kept by `documents.py` and not by pygls, whose lines end where the
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -76,7 +77,9 @@ class PlanPatchServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
-        self._host_progress = ""
+        self._host_progress: str | None = None  # the token while it loads; empty where the client shows none
+        self._host_numbers = itertools.count(1)
+        self._host_turn = asyncio.Lock()
         self._client_process: int | None = None
         self._session = Session.open(self._environ, self._options)
         self._mark = ServerMark(self._session.paths.servers)
@@ -293,19 +296,8 @@ class PlanPatchServer(LanguageServer):
         if self._bench is None:
             return
         self._bench.tell_status()
-        token = "planpatch/model"
-        if status.state == "loading":
-            message = f"{status.model}: {status.message}" if status.model else status.message
-            if not self._host_progress:
-                self._host_progress = token
-                if not await self.editor.begin_progress(token, "PlanPatch: loading the model", message):
-                    self._host_progress = "none"
-            elif self._host_progress == token:
-                self.editor.report_progress(token, message)
-            return
-        if self._host_progress == token:
-            self.editor.end_progress(token, status.message or "ready")
-        self._host_progress = ""
+        async with self._host_turn:
+            await self._show_loading(status)
         if status.state == "ready":
             workspace = str(self._folders[0]) if self._folders else ""
             await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, status.model)
@@ -316,6 +308,21 @@ class PlanPatchServer(LanguageServer):
                 self._host.start(self._session, pull=True)
         elif status.state == "failed" and self._host.status is status:
             self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}".strip(), Severity.ERROR)
+
+    async def _show_loading(self, status: HostStatus) -> None:
+        """One status at a time: the client answers before progress begins, and the end must not come before that."""
+        if status.state == "loading":
+            message = f"{status.model}: {status.message}" if status.model else status.message
+            if self._host_progress is None:
+                token = f"planpatch/model/{next(self._host_numbers)}"
+                has_begun = await self.editor.begin_progress(token, "PlanPatch: loading the model", message)
+                self._host_progress = token if has_begun else ""
+            elif self._host_progress:
+                self.editor.report_progress(self._host_progress, message)
+            return
+        if self._host_progress:
+            self.editor.end_progress(self._host_progress, status.message or "ready")
+        self._host_progress = None
 
     async def _use_adapter(self) -> None:
         engine = self._host.engine_or_none

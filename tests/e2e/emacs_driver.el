@@ -21,6 +21,9 @@
       make-backup-files nil
       create-lockfiles nil
       auto-save-default nil
+      ;; Batch Emacs would end at C-g in a question that the server asked; others show it in the echo area.
+      backtrace-on-error-noninteractive nil
+      command-error-function (lambda (data context _caller) (message "%s%s" context (error-message-string data)))
       use-dialog-box nil)
 
 
@@ -63,9 +66,7 @@ Each is used once.")
 (defun drive-idle (seconds)
   "Be idle: take in what processes say for SECONDS and run idle timers."
   (let ((until (+ (float-time) seconds)))
-    (while (< (float-time) until)
-      ;; C-g in a question that the server asked ends here, as it does in the command loop.
-      (condition-case nil (accept-process-output nil 0.05) (quit nil))))
+    (while (< (float-time) until) (accept-process-output nil 0.05)))
   (save-current-buffer (ert-run-idle-timers)))
 
 (defun drive-message (regexp)
@@ -79,9 +80,11 @@ Each is used once.")
   "Text of the buffer."
   (save-restriction (widen) (buffer-substring-no-properties (point-min) (point-max))))
 
-(defun drive-changed (before)
-  "Wait until the buffer is not BEFORE any more."
-  (drive-wait-until "a change of the buffer" (not (equal (drive-text) before))))
+(defmacro drive-changing (&rest body)
+  "Run BODY and wait until the buffer is not what it was before."
+  `(let ((before (drive-text)))
+     ,@body
+     (drive-wait-until "a change of the buffer" (not (equal (drive-text) before)))))
 
 ;;; What a user does
 
