@@ -282,8 +282,8 @@ class Applier:
         """The hunks that were edited since, each three ways."""
         lines = [f"# {error.message}", "", error.hint, ""]
         for hunk in cast("Sequence[Mapping[str, Any]]", error.details.get("hunks") or ()):
-            for name, value in hunk.items():
-                lines += [f"## {name}", "", "```python", str(value).rstrip("\n"), "```", ""]
+            if not hunk["found"]:
+                lines += [f"## Near line {hunk['start_line']}", "", "````python", hunk["view"].rstrip("\n"), "````", ""]
         file = await self.show(f"{entry.id}.conflict.md", "\n".join(lines))
         self._editor.show_message(f"PlanPatch: the lines were edited since; {file} shows them", Severity.INFO)
 

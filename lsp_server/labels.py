@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from engine.errors import PlanPatchError
-from engine.patching.ledger_records import UNDONE, Entry, Label, State
+from engine.patching.ledger_records import UNDONE, Entry, State
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
@@ -46,9 +46,10 @@ class Labels:
         if path is None:
             return
         for summary in await self._records.do(lambda ledger: ledger.list_proposals(path=path, limit=_MOST_RECALLED)):
-            is_open = summary.state is State.APPLIED and summary.label is Label.UNREVIEWED
-            if is_open and summary.surface == "lsp" and summary.id not in file.watches:
+            is_in = summary.is_applied and summary.state is not State.DIVERGED
+            if is_in and summary.id not in file.watches:
                 self.watch(file, await self._records.get(summary.id))
+        self.did_change(file)  # it may have been taken out while nobody watched
         await self.recall_history(file)
 
     async def recall_history(self, file: OpenFile) -> None:
@@ -73,17 +74,20 @@ class Labels:
             if finding is not None:
                 watch.is_undone = finding == "undone"
                 watch.applied_at = self._clock()
-                self._spawn(self._note_turned(file, watch, is_undone=watch.is_undone))
+                self._spawn(self._note_turned(file, watch))
 
-    async def _note_turned(self, file: OpenFile, watch: Watch, *, is_undone: bool) -> None:
-        entry = await self._records.get(watch.patch_id)
-        if entry.standing.is_applied is not is_undone:
-            return  # somebody else told the ledger: the command line, say
-        if is_undone:
-            await self._records.do(lambda ledger: ledger.record(watch.patch_id, "rolled_back", reason=UNDONE))
-        else:
-            await self._records.do(lambda ledger: ledger.record(watch.patch_id, "redone", reason="redone"))
-        await self.recall_history(file)
+    async def _note_turned(self, file: OpenFile, watch: Watch) -> None:
+        """Tell the ledger where the patch is now; of several turns in a row the last one counts."""
+        async with file.lock:
+            if file.watches.get(watch.patch_id) is not watch:
+                return  # it was rolled back or redone by command meanwhile, which told the ledger
+            entry = await self._records.get(watch.patch_id)
+            is_undone = watch.is_undone
+            if entry.standing.is_applied is not is_undone:
+                return  # so it says already: told by an earlier turn, or by the command line
+            kind, reason = ("rolled_back", UNDONE) if is_undone else ("redone", "redone in the editor")
+            await self._records.do(lambda ledger: ledger.record(watch.patch_id, kind, reason=reason))
+            await self.recall_history(file)
 
     def will_save(self, file: OpenFile, *, is_manual: bool) -> None:
         """Remember why the next save happens."""
@@ -104,7 +108,11 @@ class Labels:
     async def _judge(self, file: OpenFile, least_s: float, reason: str) -> None:
         """Label the patches of a document that are old enough; a patch that waits for review comes first."""
         now = self._clock()
-        due = [one for one in file.watches.values() if not one.is_undone and now - one.applied_at >= least_s]
+        due = [
+            one
+            for one in file.watches.values()
+            if not (one.is_undone or one.is_settled) and now - one.applied_at >= least_s
+        ]
         if not due or file.offered():
             return
         try:
@@ -121,5 +129,4 @@ class Labels:
                         one.patch_id, "accepted", reason=said, final_text=text
                     )
                 )
-            if finding != "undone":
-                file.watches.pop(watch.patch_id, None)
+            watch.is_settled = finding != "undone"

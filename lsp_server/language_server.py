@@ -26,6 +26,7 @@ from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
 
 from engine.errors import PlanPatchError, UsageError
+from engine.inference.catalogue import resolve
 from engine.patching.ledger_records import Surface
 from lsp_server import code_actions
 from lsp_server.applying import Turn
@@ -77,9 +78,9 @@ class PlanPatchServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
-        self._host_progress: str | None = None  # the token while it loads; empty where the client shows none
-        self._host_numbers = itertools.count(1)
-        self._host_turn = asyncio.Lock()
+        self._host_progress = ""
+        self._numbers = itertools.count(1)
+        self._showing_model = asyncio.Lock()
         self._client_process: int | None = None
         self._session = Session.open(self._environ, self._options)
         self._mark = ServerMark(self._session.paths.servers)
@@ -151,15 +152,14 @@ class PlanPatchServer(LanguageServer):
             await asyncio.sleep(_TICK_S)
             if self._bench is None:
                 continue
-            if self._bench.has_failed.is_set():
-                await self._end_of_engine()
             if self._client_process is not None and not _is_alive(self._client_process):
                 log.warning("the client's process %d is gone", self._client_process)
                 self.end(1)
             await self._bench.labels.tick()
 
-    async def _end_of_engine(self) -> None:
+    async def _end_with_engine(self) -> None:
         """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
+        await self.bench.has_failed.wait()
         engine = self._host.engine_or_none
         reason = engine.status().message if engine is not None else "The engine failed"
         self.editor.show_message(f"PlanPatch: {reason}. The server ends; it has to be started again.", Severity.ERROR)
@@ -173,7 +173,8 @@ class PlanPatchServer(LanguageServer):
         capabilities = self._as_json(params.capabilities)
         options = params.initialization_options
         options = cast("dict[str, Any]", options) if isinstance(options, dict) else {}
-        encoding = str(getattr(self.protocol.workspace.position_encoding, "value", "utf-16"))
+        found: Any = self.protocol.workspace.position_encoding  # a name, or pygls' enumeration of them
+        encoding = str(getattr(found, "value", found))
         name = params.client_info.name if params.client_info else ""
         profile = ClientProfile.of(name, capabilities, cast("Encoding", encoding), options)
         folders = [folder.uri for folder in params.workspace_folders or []] or [params.root_uri or ""]
@@ -189,6 +190,7 @@ class PlanPatchServer(LanguageServer):
             self._session.paths,
             self.settings_of,
         )
+        self._spawn(self._end_with_engine())
 
     def initialized(self, _params: types.InitializedParams) -> None:
         """The client is ready: ask it for settings, then load the model."""
@@ -296,8 +298,8 @@ class PlanPatchServer(LanguageServer):
         if self._bench is None:
             return
         self._bench.tell_status()
-        async with self._host_turn:
-            await self._show_loading(status)
+        async with self._showing_model:  # a client takes its time to create progress
+            await self._show_progress(status)
         if status.state == "ready":
             workspace = str(self._folders[0]) if self._folders else ""
             await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, status.model)
@@ -309,20 +311,18 @@ class PlanPatchServer(LanguageServer):
         elif status.state == "failed" and self._host.status is status:
             self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}".strip(), Severity.ERROR)
 
-    async def _show_loading(self, status: HostStatus) -> None:
-        """One status at a time: the client answers before progress begins, and the end must not come before that."""
-        if status.state == "loading":
-            message = f"{status.model}: {status.message}" if status.model else status.message
-            if self._host_progress is None:
-                token = f"planpatch/model/{next(self._host_numbers)}"
-                has_begun = await self.editor.begin_progress(token, "PlanPatch: loading the model", message)
-                self._host_progress = token if has_begun else ""
-            elif self._host_progress:
-                self.editor.report_progress(self._host_progress, message)
-            return
-        if self._host_progress:
-            self.editor.end_progress(self._host_progress, status.message or "ready")
-        self._host_progress = None
+    async def _show_progress(self, status: HostStatus) -> None:
+        message = f"{status.model}: {status.message}" if status.model else status.message
+        if status.state != "loading":
+            if self._host_progress:
+                self.editor.end_progress(self._host_progress, message or "ready")
+            self._host_progress = ""
+        elif self._host_progress:
+            self.editor.report_progress(self._host_progress, message)
+        elif self._host.status.state == "loading":
+            token = f"planpatch/model-{next(self._numbers)}"
+            if await self.editor.begin_progress(token, "PlanPatch: loading the model", message):
+                self._host_progress = token
 
     async def _use_adapter(self) -> None:
         engine = self._host.engine_or_none
@@ -414,12 +414,17 @@ class PlanPatchServer(LanguageServer):
     async def _model(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         name = text_argument(argument, "name") or text_argument(argument, "model")
         if name is not None:
-            self._options["model"] = name
-            self._read_settings()
-            self._session.model_ref()  # an unknown name is refused before anything is given up
+            self._choose_model(name)
             self._host.start(self._session)
         infos = await asyncio.to_thread(self._session.store.list)
         return {**self.bench.status(), "models": [info.to_json() for info in infos]}
+
+    def _choose_model(self, name: str) -> None:
+        """Use a model from now on; an unknown name is refused before anything is given up."""
+        if name != "auto":
+            resolve(name, None, folder=self._session.paths.home)
+        self._options["model"] = name
+        self._read_settings()
 
     async def _adapter(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         name = text_argument(argument, "name") or text_argument(argument, "adapter")
@@ -432,8 +437,7 @@ class PlanPatchServer(LanguageServer):
 
     def _pull(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         if (name := text_argument(argument, "name") or text_argument(argument, "model")) is not None:
-            self._options["model"] = name
-            self._read_settings()
+            self._choose_model(name)
         self._session.model_ref()
         self._host.start(self._session, pull=True)
         return {"state": self._host.status.state}

@@ -127,7 +127,8 @@ class PlanDocuments:
             raise PathError(
                 f"The plan document {document.file} cannot be read: {fault}", hint="Plan the change again."
             ) from fault
-        parts = _HEADING.split(_COMMENT.sub("", text))
+        text = _COMMENT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+        parts = _HEADING.split(text)
         sections = {name: body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
         if not sections:
             raise UsageError(

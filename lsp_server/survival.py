@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import PlanPatchError
-from engine.patching.ledger_records import Entry, source_of
+from engine.patching.ledger_records import Entry, Label, source_of
 from engine.patching.scopes import ParseFault, Scope, find_scope, parse_text, standalone_text
 from engine.patching.source import Source
 
@@ -38,6 +38,7 @@ class Watch:
         whole_patched: The file's text after, normalised.
         applied_at: Of the server's clock, in seconds.
         is_undone: Whether the old text is back.
+        is_settled: Whether keeping it says nothing more: it has its label, or is no patch of an editor.
     """
 
     patch_id: str
@@ -49,6 +50,7 @@ class Watch:
     whole_patched: str
     applied_at: float
     is_undone: bool = False
+    is_settled: bool = False
 
     @classmethod
     def of(cls, entry: Entry, applied_at: float) -> Watch:
@@ -76,6 +78,7 @@ class Watch:
             whole_base=normalised(base.text),
             whole_patched=normalised(patched.text),
             applied_at=applied_at,
+            is_settled=entry.label is not Label.UNREVIEWED or proposal.surface != "lsp",
         )
 
     def turned(self, text: str) -> Finding | None:

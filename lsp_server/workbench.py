@@ -572,9 +572,11 @@ class Workbench:
 
     def _spawn(self, work: object) -> None:
         """Run a coroutine on the event loop; its error, if it is ours, is shown."""
-        task = asyncio.get_running_loop().create_task(self._shown(cast("Coroutine[Any, Any, object]", work)))
+        coroutine = cast("Coroutine[Any, Any, object]", work)
+        task = asyncio.get_running_loop().create_task(self._shown(coroutine))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: coroutine.close())  # one that is cancelled before it starts
 
     async def _shown(self, work: Coroutine[Any, Any, object]) -> None:
         try:

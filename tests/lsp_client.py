@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ class LspClient:
             reply["error"] = {"code": -32601, "message": f"no {message['method']}"}
         else:
             reply["result"] = answer(message["params"])
-        self.send(reply)
+        with suppress(OSError, ValueError):  # the server, or the test, has ended
+            self.send(reply)
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None

@@ -1,55 +1,70 @@
-"""`planpatch lsp` over stdio in a process of its own, with an engine that writes what a test says.
+"""`planpatch lsp` with a scripted model in place of the real one, for tests of the process.
 
-    python scripted_server.py '{"plan": "- use low", "patch": "def f():\\n    return 1"}'
+    python -I -X utf8 tests/scripted_server.py lsp [OPTIONS]
 
-Everything but the model is real. A PLAN is answered with `plan`, a PATCH with `patch`.
+The file that SCRIPT names holds the model's next answer; `NOISE=1` has libraries write to stdout in every way there is.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.inference.protocol import Engine
-from lsp_server import language_server
+from lsp_server import language_server, model_host
 from lsp_server.model_host import HostStatus
-from lsp_server.session import Session
 from tests.scripted_engine import ScriptedEngine
-
-_ONLY_IN_PLAN = "Say in one short sentence"
 
 
 class ScriptedHost:
-    """A model's host whose model is there at once."""
+    """A model's host that is ready at once."""
 
-    def __init__(self, on_change: Callable[[HostStatus], None]) -> None:
-        texts = json.loads(sys.argv[1])
+    def __init__(self, on_change: Any) -> None:
         self._on_change = on_change
-        self._engine = ScriptedEngine(lambda prompt: texts["plan" if _ONLY_IN_PLAN in prompt else "patch"])
         self.status = HostStatus()
+        self.engine_or_none: Any = None
 
-    @property
-    def engine_or_none(self) -> Engine | None:
-        return self._engine if self.status.state == "ready" else None
+    def start(self, session: Any, *, pull: bool = False) -> None:
+        self.engine_or_none = ScriptedEngine(lambda prompt: Path(os.environ["SCRIPT"]).read_text(encoding="utf-8"))
+        self.status = HostStatus("ready", "scripted")
+        threading.Thread(target=self._on_change, args=(self.status,), daemon=True).start()
+        if os.environ.get("NOISE"):
+            threading.Thread(target=make_noise, daemon=True).start()
 
-    def start(self, session: Session, *, pull: bool = False) -> None:
-        for state in ("loading", "ready"):
-            self.status = HostStatus(state, "scripted", state)
-            self._on_change(self.status)
-
-    def wait(self, is_cancelled: threading.Event) -> Engine:
-        return self._engine
+    def wait(self, is_cancelled: Any) -> Any:
+        while self.engine_or_none is None:
+            time.sleep(0.01)
+        return self.engine_or_none
 
     def close(self) -> None:
-        self._engine.close()
+        pass
+
+
+def make_noise() -> None:
+    """What libraries do: print, write to descriptor 1, call C's puts, warn, and log 100 MB."""
+    print("Content-Length: 5\r\n\r\nhello")
+    sys.stdout.flush()
+    os.write(1, b"Content-Length: 5\r\n\r\nhello")
+    libc = ctypes.CDLL(None)
+    libc.puts(b"from C")
+    libc.fflush(None)
+    warnings.warn("a warning", stacklevel=1)
+    logger = logging.getLogger("some.library")
+    for _ in range(100):
+        logger.error("x" * 1_000_000)
 
 
 if __name__ == "__main__":
-    language_server.ModelHost = ScriptedHost  # type: ignore[misc, assignment]
-    sys.exit(language_server.serve_stdio(os.environ, {}))
+    model_host.ModelHost = ScriptedHost  # type: ignore[misc,assignment]
+    language_server.ModelHost = ScriptedHost  # type: ignore[misc,assignment]
+    from lsp_server.cli import main
+
+    sys.exit(main())
