@@ -12,7 +12,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,12 @@ def workspace(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def emacs(
-    installed: None, workspace: Path, tmp_path: Path, home: Path, model_folder_05b: Path, monkeypatch: pytest.MonkeyPatch
+    installed: None,
+    workspace: Path,
+    tmp_path: Path,
+    home: Path,
+    model_folder_05b: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Emacs:
     """`emacs(flow)` runs Emacs until the flow's end and returns what it said."""
     monkeypatch.setenv("PLANPATCH_MODEL", "qwen2.5-coder-0.5b-instruct")

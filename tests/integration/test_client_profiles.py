@@ -33,7 +33,7 @@ def clamp(x, low, high):
 '''
 FILE = f"import os  # 🙂\n\n\n{CLAMP}\n\ndef after():\n    return os.name\n"
 TYPED = CLAMP.replace("# 🚀", "# 🚀!")  # what the user makes of it first
-SCRIPT = {"plan": "return low", "patch": TYPED.replace("return high", "return low")}
+PATCHED = TYPED.replace("return high", "return low")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,10 @@ class Client(LspClient):
     """The client of a profile; what it was sent against its word is kept in `faults`."""
 
     def __init__(self, home: Path, profile: Profile) -> None:
-        super().__init__(home, command=[sys.executable, "-X", "utf8", str(SERVER), json.dumps(SCRIPT)])
+        self.script = home / "answer.txt"
+        self.script.write_text("return low", encoding="utf-8")
+        command = [sys.executable, "-I", "-X", "utf8", str(SERVER), "lsp"]
+        super().__init__(home, command=command, env={"SCRIPT": str(self.script)})
         self.profile = profile
         asked = json.loads((CLIENTS / profile.file).read_text(encoding="utf-8")) if profile.file else {}
         self.asked: Json = {"capabilities": {"workspace": {"applyEdit": True}}, **asked}
@@ -79,6 +82,9 @@ class Client(LspClient):
         else:
             del self.answers["window/showMessageRequest"]
         self.choice = "Apply"
+
+    def __enter__(self) -> Client:
+        return self
 
     def has(self, path: str) -> bool:
         value: Any = self.asked["capabilities"]
@@ -214,6 +220,7 @@ def test_a_client_is_sent_only_what_it_takes(name: str, home: Path, tmp_path: Pa
             client.wait_for(lambda: [text for text in client.messages() if str(plan) in text])
         plan.write_text(plan.read_text(encoding="utf-8") + "- and no more\n", encoding="utf-8")
 
+        client.script.write_text(PATCHED, encoding="utf-8")
         job = client.job(client.choose(uri, line, "PlanPatch: patch from plan: "))
         assert job["state"] == "done", job
         if not profile.asks:
@@ -221,7 +228,7 @@ def test_a_client_is_sent_only_what_it_takes(name: str, home: Path, tmp_path: Pa
             assert_plain(client.actions(uri, line), client)
             client.job(client.choose(uri, line, "PlanPatch: Apply: "))
         client.wait_for(lambda: client.text(uri) != written)
-        assert client.text(uri) == FILE.replace(CLAMP, SCRIPT["patch"])
+        assert client.text(uri) == FILE.replace(CLAMP, PATCHED)
         assert_edit(client.edits[-1], client)
 
         client.job(client.choose(uri, 3, "PlanPatch: roll back: "))
