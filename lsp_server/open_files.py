@@ -15,6 +15,8 @@ from lsp_server.documents import Document, Encoding
 from lsp_server.survival import Watch, normalised
 from lsp_server.uris import path_of
 
+_MOST_PENDING = 8
+
 
 @dataclass(slots=True)
 class Pending:
@@ -91,6 +93,11 @@ class OpenFile:
     def text(self) -> str:
         """Its text as two editors agree on it."""
         return normalised(self.document.text)
+
+    def wait_for_user(self, pending: Pending) -> None:
+        """Offer a patch, instead of an earlier one of the same function."""
+        others = [one for one in self.pending.values() if one.offer.function != pending.offer.function]
+        self.pending = {one.entry.id: one for one in (*others[-_MOST_PENDING:], pending)}
 
     def offered(self) -> list[Pending]:
         """The patches that wait and were made for the very text."""

@@ -20,6 +20,7 @@ from engine.errors import CancelledError, PlanPatchError, StaleTextError, UsageE
 from engine.inference.protocol import Engine
 from engine.patching.directives import directive_intent
 from engine.patching.ledger import Ledger
+from engine.patching.ledger_records import State
 from engine.patching.notices import notices
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.scopes import find_scope
@@ -132,7 +133,25 @@ class Workbench:
         """Take in a document that the client opened."""
         file = self.files.open(uri, text, version, language_id)
         if file.is_python:
-            self._spawn(self.labels.recall(file))
+            self._spawn(self._recall(file))
+
+    async def _recall(self, file: OpenFile) -> None:
+        """What the ledger knows of a file that was opened: patches in it, and patches that still wait for this text."""
+        await self.labels.recall(file)
+        path, text = file.path, file.document.text
+        if path is None:
+            return
+        waiting = await self.records.do(
+            lambda ledger: ledger.list_proposals(path=path, state=State.PROPOSED, limit=_MOST_PENDING)
+        )
+        for summary in reversed(waiting):
+            entry = await self.records.get(summary.id)
+            proposal = entry.proposal
+            if summary.surface == "lsp" and proposal.base == text.encode("utf-8", "surrogatepass"):
+                offer = Offer(entry.id, proposal.scope, proposal.start_line - 1, proposal.end_line - 1, proposal.intent)
+                file.wait_for_user(Pending(entry, offer, text))
+        if file.pending:
+            self._draw(file)
 
     def did_change(self, file: OpenFile) -> None:
         """React to a document's new text."""
@@ -539,9 +558,7 @@ class Workbench:
             return
         scope = target.scope
         offer = Offer(patch.id, target.function, scope.start_line - 1, scope.end_line - 1, intent)
-        others = [one for one in file.pending.values() if one.offer.function != target.function][-_MOST_PENDING:]
-        mine = Pending(await self.records.get(patch.id), offer, target.text)
-        file.pending = {one.entry.id: one for one in (*others, mine)}
+        file.wait_for_user(Pending(await self.records.get(patch.id), offer, target.text))
         file.refused.pop(target.function, None)
         self._draw(file)
         self.tell_status()

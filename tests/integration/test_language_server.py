@@ -293,6 +293,18 @@ def test_a_patch_of_an_older_text_is_refused(start: Callable[..., LspClient], wo
     assert client.job(client.command("planpatch.apply", {"patchId": job["patchId"]}))["patchState"] == "applied"
 
 
+def test_a_patch_that_waits_is_offered_again_after_a_restart(start: Callable[..., LspClient], workspace: Path) -> None:
+    client = start()
+    job = ask_for_patch(client, opened(client, workspace))
+    client.stop()
+    client = start()
+    uri = opened(client, workspace)
+    (action,) = client.wait_for(lambda: [one for one in client.actions(uri, 5) if "Apply: add them" in one["title"]])
+    assert action["command"]["arguments"] == [{"patchId": job["patchId"]}]
+    assert client.job(client.request("workspace/executeCommand", action["command"]))["patchState"] == "applied"
+    assert client.text(uri) == TEXT.replace("a - b", "a + b")
+
+
 def test_undo_is_a_reject_and_redo_takes_that_back(start: Callable[..., LspClient], workspace: Path) -> None:
     client = start(settings={"apply": "direct"})
     uri = opened(client, workspace)
@@ -469,6 +481,50 @@ def test_settings_come_from_the_client_and_a_bad_one_is_named(start: Callable[..
     client.wait_for(lambda: client.command("planpatch.status")["apply"] == "direct")
     client.notify("workspace/didChangeConfiguration", {"settings": {"planpatch": {"apply": "ask"}}})
     assert client.command("planpatch.status")["apply"] == "direct", "a client that answers is asked"
+
+
+def test_each_workspace_folder_has_its_own_presets_and_folders_come_and_go(
+    start: Callable[..., LspClient], tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("one", "one/inner", "two")]
+    for folder in folders:
+        folder.mkdir()
+        name = folder.name
+        (folder / "pyproject.toml").write_text(f"[tool.planpatch.presets]\n{name} = 'Do {name}.'\n")
+    client = start()
+    listed = [{"uri": folder.as_uri(), "name": folder.name} for folder in folders]
+    client.initialize(params={"workspaceFolders": listed[:2]})
+    client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready")
+
+    def presets(folder: Path) -> set[str]:
+        uri = (folder / "a.py").as_uri()
+        if uri not in client.texts:
+            client.open(uri, TEXT)
+        titles = {title.removeprefix("PlanPatch: ") for title in client.titles(uri, 5)}
+        return titles & {folder.name for folder in folders}
+
+    assert [presets(folder) for folder in folders] == [{"one"}, {"inner"}, set()]
+    event = {"added": listed[2:], "removed": listed[1:2]}
+    client.notify("workspace/didChangeWorkspaceFolders", {"event": event})
+    assert [presets(folder) for folder in folders] == [{"one"}, {"one"}, {"two"}]
+
+
+def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp_path: Path, workspace: Path) -> None:
+    with LspClient(tmp_path / "home", "--model", "qwen2.5-coder-0.5b-instruct") as client:
+        uri = opened(client, workspace)
+        (asked,) = client.wait_for(lambda: client.seen("window/showMessageRequest"))
+        assert "is not on this machine" in asked["message"]
+        assert [one["title"] for one in asked["actions"]] == ["Pull it", "Not now"]
+        assert client.command("planpatch.status")["state"] == "absent"
+        assert client.titles(uri, 5) != []
+        job = ask_for_patch(client, uri)
+        assert (job["state"], job["error"]["code"]) == ("failed", "model")
+        assert "planpatch models pull qwen2.5-coder-0.5b-instruct" in job["error"]["hint"]
+        assert client.command("planpatch.ledger", {"uri": uri}) == {"proposals": []}
+        with pytest.raises(LspError, match="no-such-model"):
+            client.command("planpatch.model", {"name": "no-such-model"})
+        assert client.command("planpatch.model")["state"] == "absent"
+        assert client.stop() == 0
 
 
 @pytest.mark.slow
