@@ -84,10 +84,12 @@ class Jobs:
 
     Args:
         on_change: Told of every change of a job.
+        begin_after_s: How long a job waits before it begins, so that the command's answer reaches the client first.
     """
 
-    def __init__(self, on_change: Callable[[Job], None]) -> None:
+    def __init__(self, on_change: Callable[[Job], None], begin_after_s: float = 0.0) -> None:
         self._on_change = on_change
+        self._begin_after_s = begin_after_s
         self._numbers = itertools.count(1)
         self._jobs: dict[str, Job] = {}
         self._waiting: list[Job] = []
@@ -119,6 +121,8 @@ class Jobs:
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         try:
+            await asyncio.sleep(self._begin_after_s)
+            self.check(job)
             await work(job)
             self.change(job, "done")
         except (CancelledError, asyncio.CancelledError):

@@ -52,6 +52,7 @@ MODEL_SETTINGS = ("model", "device", "quantization", "dtype")
 
 _TICK_S = 5.0
 _FATAL_EXIT_CODE = 3
+_BEGIN_AFTER_S = 0.1  # Emacs drops, or leaves unread, what comes in one read with an answer that it waits for
 
 log = logging.getLogger("planpatch.lsp")
 
@@ -195,6 +196,7 @@ class PlanPatchServer(LanguageServer):
             lambda: self._session.ledger(),
             self._session.paths,
             self.settings_of,
+            begin_after_s=_BEGIN_AFTER_S,
         )
         self._spawn(self._end_with_engine())
 

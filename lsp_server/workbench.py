@@ -87,6 +87,7 @@ class Workbench:
         settings_of: The settings that hold for a file; None for those of no workspace.
         clock: Seconds that only grow; for tests.
         check_s: How long after an edit the client's text is waited for.
+        begin_after_s: How long a job waits before it begins.
     """
 
     def __init__(
@@ -99,13 +100,14 @@ class Workbench:
         *,
         clock: Callable[[], float] = time.monotonic,
         check_s: float = CHECK_S,
+        begin_after_s: float = 0.0,
     ) -> None:
         self.editor = editor
         self.model = model
         self.settings_of = settings_of
         self.files = OpenFiles(editor.profile.encoding)
         self.records = Records(open_ledger)
-        self.jobs = Jobs(self._job_changed)
+        self.jobs = Jobs(self._job_changed, begin_after_s)
         self.plans = PlanDocuments(paths.plans)
         self.labels = Labels(
             self.files, self.records, clock, self._spawn, tells_save_reason=editor.profile.tells_save_reason
@@ -490,7 +492,7 @@ class Workbench:
         message = f"{ahead} ahead in the queue" if ahead else ""
         if await self.editor.begin_progress(job.token, f"PlanPatch: {job.title}", message):
             return True
-        self.editor.show_message(f"PlanPatch: {job.title} has begun", Severity.LOG)
+        self.editor.show_message(f"PlanPatch: {job.title} has begun", Severity.INFO)
         return False
 
     def _report(self, job: Job, stage: str, num_tokens: int, text: str) -> None:
