@@ -19,9 +19,9 @@ from typing import Any, Literal, cast
 
 from engine.errors import GateError, SourceError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
-from engine.patching.gates import run_gates
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Entry, State, source_of
+from engine.patching.patcher import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 from lsp_server.editor import BufferEdit, Editor, EditorFault, Hunk, Severity
@@ -373,15 +373,7 @@ def _check_subset(entry: Entry, base: Source, edits: Sequence[Edit]) -> None:
     """A part of a patch is another patch: every gate must pass it too."""
     proposal = entry.proposal
     scope = find_scope(base, proposal.scope, proposal.start_line) if proposal.scope else find_scope(base)
-    report = run_gates(base, scope, list(edits), imports=proposal.imports, expected_sha256=base.sha256)
-    if report.refused is not None:
-        raise GateError(
-            f"These hunks alone were refused by the gate `{report.refused.gate}`: {report.refused.reason}",
-            hint="Choose others, or apply the whole patch.",
-            gate=report.refused.gate,
-            gates=[verdict.to_json() for verdict in report.verdicts],
-            patch_id=entry.id,
-        )
+    check_hunks(base, scope, edits, proposal.imports, entry.id)
 
 
 def _subset_targets(entry: Entry, chosen: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

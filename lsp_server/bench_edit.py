@@ -25,11 +25,10 @@ from engine.errors import (
     SourceError,
     UnknownScopeError,
 )
+from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import (
-    ChatTokenizer,
     Completion,
     Engine,
-    EngineStatus,
     Event,
     FinishReason,
     GenerationRequest,
@@ -65,45 +64,12 @@ class Generation:
         return False
 
 
-class MeteredEngine:
-    """An engine for one edit: keeps what was generated, and can cancel whatever the edit is waiting for.
-
-    Args:
-        engine: The engine that does the work; it stays open.
-    """
+class MeteredEngine(CancellableEngine):
+    """An engine for one edit that keeps what was generated."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._requests: dict[str, GenerationRequest] = {}
-        self._is_cancelled = False
+        super().__init__(engine)
         self.generations: list[Generation] = []
-
-    @property
-    def tokenizer(self) -> ChatTokenizer:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    def submit(self, request: GenerationRequest) -> str:
-        """Queue a request.
-
-        Args:
-            request: What to generate.
-
-        Returns:
-            Its id.
-
-        Raises:
-            CancelledError: The edit was cancelled.
-            EngineError: The queue is full or the engine is closed.
-            ContextLengthError: The request does not fit.
-        """
-        if self._is_cancelled:
-            raise CancelledError("The edit was cancelled")
-        request_id = self._engine.submit(request)
-        self._requests[request_id] = request
-        if self._is_cancelled:  # between the first look and now
-            self._engine.cancel(request_id)
-        return request_id
 
     def stream(self, request_id: str) -> Iterator[Event]:
         """Yield the engine's events, and keep the completion.
@@ -117,40 +83,11 @@ class MeteredEngine:
         Raises:
             EngineError: The id is unknown, or the engine failed.
         """
-        with closing(cast("Generator[Event]", self._engine.stream(request_id))) as events:
+        with closing(cast("Generator[Event]", super().stream(request_id))) as events:
             for event in events:
                 if isinstance(event, Completion):
                     self.generations.append(Generation(self._requests[request_id], event))
                 yield event
-
-    def cancel(self, request_id: str) -> None:
-        """Stop one request."""
-        self._engine.cancel(request_id)
-
-    def cancel_all(self) -> None:
-        """Stop what is being generated, and refuse what comes after it; from any thread."""
-        self._is_cancelled = True
-        for request_id in list(self._requests):
-            self._engine.cancel(request_id)
-
-    def status(self) -> EngineStatus:
-        """What the engine is doing now."""
-        return self._engine.status()
-
-    def use_adapter(self, path: str | None) -> None:
-        """Make an adapter the current one.
-
-        Args:
-            path: Its folder.
-
-        Raises:
-            AdapterError: Missing, damaged, or made for another base.
-        """
-        self._engine.use_adapter(path)
-
-    def close(self) -> None:
-        """Cancel what this edit asked for; the engine belongs to others."""
-        self.cancel_all()
 
 
 @dataclass(slots=True)

@@ -89,11 +89,25 @@ class Document:
         if first > last:
             self.out_of_step = f"a change ends at {end.line}:{end.character}, before it starts"
             return
-        self._set_text(self.text[:first] + text + self.text[last:])
+        first_line, last_line = (min(place.line, self.num_lines - 1) for place in (start, end))
+        self._splice(first, last, text, first_line, last_line)
 
     def _set_text(self, text: str) -> None:
         self.text = text
         self._starts = [0, *(match.end() for match in _LINE_END.finditer(text))]
+
+    def _splice(self, first: int, last: int, text: str, first_line: int, last_line: int) -> None:
+        r"""Put text in place of a part, and find line starts anew around it alone.
+
+        From the line above to the line below: \r and \n of different lines may have met.
+        """
+        above, below = max(0, first_line - 1), last_line + 2
+        start = self._starts[above]
+        end = self._starts[below] if below < self.num_lines else len(self.text)
+        grown = len(text) - (last - first)
+        self.text = self.text[:first] + text + self.text[last:]
+        found = [match.end() for match in _LINE_END.finditer(self.text, start, end + grown)]
+        self._starts = [*self._starts[: above + 1], *found, *(place + grown for place in self._starts[below + 1 :])]
 
     @property
     def num_lines(self) -> int:

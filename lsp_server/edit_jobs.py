@@ -10,14 +10,13 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from engine.errors import CancelledError, PlanPatchError
-from engine.inference.protocol import ChatTokenizer, Engine, EngineStatus, Event, GenerationRequest
 
 T = TypeVar("T")
 JobKind = Literal["plan", "patch", "apply", "rollback", "redo", "pull", "model"]
@@ -85,10 +84,12 @@ class Jobs:
 
     Args:
         on_change: Told of every change of a job.
+        begin_after_s: How long a job waits before it begins, so that the command's answer reaches the client first.
     """
 
-    def __init__(self, on_change: Callable[[Job], None]) -> None:
+    def __init__(self, on_change: Callable[[Job], None], begin_after_s: float = 0.0) -> None:
         self._on_change = on_change
+        self._begin_after_s = begin_after_s
         self._numbers = itertools.count(1)
         self._jobs: dict[str, Job] = {}
         self._waiting: list[Job] = []
@@ -120,6 +121,8 @@ class Jobs:
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         try:
+            await asyncio.sleep(self._begin_after_s)
+            self.check(job)
             await work(job)
             self.change(job, "done")
         except (CancelledError, asyncio.CancelledError):
@@ -200,68 +203,6 @@ class Jobs:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
         self._worker.shutdown(wait=False, cancel_futures=True)
-
-
-class JobEngine:
-    """An engine as one job sees it: what the job generates stops when the job is cancelled.
-
-    Args:
-        engine: The engine.
-        job: The job.
-    """
-
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self._engine = engine
-        self._job = job
-        self._current: str | None = None
-        job.on_cancel = self._cancel_current
-
-    @property
-    def tokenizer(self) -> ChatTokenizer:
-        """The engine's."""
-        return self._engine.tokenizer
-
-    def submit(self, request: GenerationRequest) -> str:
-        """As the engine's; a job that was cancelled meanwhile generates nothing.
-
-        Args:
-            request: What to generate.
-
-        Returns:
-            The request's id.
-
-        Raises:
-            CancelledError: The job was cancelled.
-        """
-        if self._job.is_cancelled.is_set():
-            raise CancelledError(f"{self._job.title} was cancelled")
-        self._current = self._engine.submit(request)
-        if self._job.is_cancelled.is_set():  # between the look and the submission
-            self._engine.cancel(self._current)
-        return self._current
-
-    def _cancel_current(self) -> None:
-        if self._current is not None:
-            self._engine.cancel(self._current)
-
-    def stream(self, request_id: str) -> Iterator[Event]:
-        """As the engine's."""
-        return self._engine.stream(request_id)
-
-    def cancel(self, request_id: str) -> None:
-        """As the engine's."""
-        self._engine.cancel(request_id)
-
-    def status(self) -> EngineStatus:
-        """As the engine's."""
-        return self._engine.status()
-
-    def use_adapter(self, path: str | None) -> None:
-        """As the engine's."""
-        self._engine.use_adapter(path)
-
-    def close(self) -> None:
-        """A job does not own the engine."""
 
 
 class TokenReports:

@@ -52,6 +52,7 @@ MODEL_SETTINGS = ("model", "device", "quantization", "dtype")
 
 _TICK_S = 5.0
 _FATAL_EXIT_CODE = 3
+_BEGIN_AFTER_S = 0.1  # Emacs drops, or leaves unread, what comes in one read with an answer that it waits for
 
 log = logging.getLogger("planpatch.lsp")
 
@@ -86,6 +87,12 @@ class PlanPatchServer(LanguageServer):
         self._mark = ServerMark(self._session.paths.servers)
         self._background: set[asyncio.Task[None]] = set()
         _register(self)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Have cattrs make its converters now: it does so at the first message of a kind, which is `initialize`."""
+        message = {"jsonrpc": "2.0", "id": 0, "method": types.INITIALIZE}
+        self.protocol.structure_message({**message, "params": {"processId": None, "capabilities": {}}})
 
     @property
     def bench_or_none(self) -> Workbench | None:
@@ -189,6 +196,7 @@ class PlanPatchServer(LanguageServer):
             lambda: self._session.ledger(),
             self._session.paths,
             self.settings_of,
+            begin_after_s=_BEGIN_AFTER_S,
         )
         self._spawn(self._end_with_engine())
 
@@ -467,7 +475,7 @@ class PlanPatchServer(LanguageServer):
         diagnostics = params.context.diagnostics
         request = action_request(params, [self._as_json(one) for one in diagnostics])
         try:
-            file.source()
+            file.check()
         except PlanPatchError as error:
             if not request.is_automatic:
                 bench.tell_once(file.document.uri, said(error))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ANNOTATION = "planpatch.hunk"
 _ANSWER_S = 10.0  # for what a client answers by itself, with no user in between
+_NUDGE_S = 2.0  # eglot may leave a request unread until the next message comes
 
 
 class LspEditor:
@@ -180,12 +181,17 @@ class LspEditor:
             pass
 
     async def _request(self, method: str, params: Any, timeout_s: float | None = None) -> Any:
+        nudge = asyncio.get_running_loop().call_later(
+            _NUDGE_S, self.show_message, f"PlanPatch waits for the answer to {method}", Severity.LOG
+        )
         try:
             return await asyncio.wait_for(self._protocol.send_request_async(method, params), timeout_s)
         except JsonRpcException as error:
             raise EditorFault(error.message or str(error)) from error
         except asyncio.TimeoutError:
             raise EditorFault(f"{method} was not answered in {timeout_s:g} s") from None
+        finally:
+            nudge.cancel()
 
 
 def workspace_edit(edit: BufferEdit, profile: ClientProfile) -> types.WorkspaceEdit:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import SourceError, UsageError
 from engine.patching.ledger_records import Entry, path_key
-from engine.patching.source import Source
+from engine.patching.source import MAX_SOURCE_BYTES, Source
 from lsp_server.code_actions import Offer
 from lsp_server.documents import Document, Encoding
 from lsp_server.survival import Watch, normalised
@@ -107,15 +107,12 @@ class OpenFile:
         """The refusals for the very text."""
         return [offer for base, offer in self.refused.values() if base == self.document.text]
 
-    def source(self) -> Source:
-        """The text as the patcher takes it.
-
-        Returns:
-            The text, named by its path.
+    def check(self) -> None:
+        """Refuse a document that cannot be edited, as far as that is seen without reading all of it.
 
         Raises:
             UsageError: It is not Python, or no file.
-            SourceError: It cannot be edited, or may not be the client's text.
+            SourceError: It may not be the client's text, or declares another encoding than UTF-8.
         """
         document = self.document
         if document.out_of_step:
@@ -127,7 +124,25 @@ class OpenFile:
             raise UsageError(f"{self.path or document.uri} is not Python", hint="PlanPatch edits Python files.")
         if self.path is None:
             raise UsageError(f"{document.uri} is no file yet", hint="Save it first.")
-        return Source.from_text(document.text, self.path.as_posix())
+        if len(document.text) > MAX_SOURCE_BYTES or "\0" in document.text:
+            self.source()
+        head = "\n".join(document.line_text(line) for line in (0, 1))
+        Source.from_text(head, self.path.as_posix())
+
+    def source(self) -> Source:
+        """The text as the patcher takes it.
+
+        Returns:
+            The text, named by its path.
+
+        Raises:
+            UsageError: It is not Python, or no file.
+            SourceError: It cannot be edited, or may not be the client's text.
+        """
+        if self.document.out_of_step or not self.is_python or self.path is None:
+            self.check()
+        assert self.path is not None
+        return Source.from_text(self.document.text, self.path.as_posix())
 
 
 class OpenFiles:

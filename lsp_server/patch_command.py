@@ -10,12 +10,11 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from engine.errors import GateError, StaleTextError, UsageError, WriteError
+from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.edits import Edit
-from engine.patching.gates import run_gates
 from engine.patching.ledger import Applied, Ledger
 from engine.patching.notices import notices
-from engine.patching.patcher import Patch, Patcher, Plan
+from engine.patching.patcher import Patch, Patcher, Plan, check_hunks
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope
 from engine.patching.source import Source
@@ -175,15 +174,7 @@ def _chosen_edits(patch: Patch, hunks: tuple[int, ...]) -> Sequence[Edit]:
             hint=f"planpatch ledger show {patch.id}",
         )
     chosen = [edit for index, edit in enumerate(patch.edits) if index in hunks]
-    report = run_gates(patch.source, patch.scope, chosen, imports=patch.imports, expected_sha256=patch.source.sha256)
-    if report.refused is not None:
-        raise GateError(
-            f"These hunks alone were refused by the gate `{report.refused.gate}`: {report.refused.reason}",
-            hint="Choose others with --hunks, or write the whole patch.",
-            gate=report.refused.gate,
-            gates=[verdict.to_json() for verdict in report.verdicts],
-            patch_id=patch.id,
-        )
+    check_hunks(patch.source, patch.scope, chosen, patch.imports, patch.id)
     return chosen
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from engine.errors import CancelledError, PlanPatchError, StaleTextError, UsageError
+from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.directives import directive_intent
 from engine.patching.ledger import Ledger
@@ -28,7 +29,7 @@ from engine.patching.source import Source
 from lsp_server.applying import CHECK_S, Applier
 from lsp_server.code_actions import ActionState, Offer, function_at
 from lsp_server.documents import Document, Position
-from lsp_server.edit_jobs import Job, JobEngine, JobKind, Jobs, TokenReports
+from lsp_server.edit_jobs import Job, JobKind, Jobs, TokenReports
 from lsp_server.editor import Editor, Note, Severity
 from lsp_server.labels import Labels
 from lsp_server.model_host import HostStatus
@@ -86,6 +87,7 @@ class Workbench:
         settings_of: The settings that hold for a file; None for those of no workspace.
         clock: Seconds that only grow; for tests.
         check_s: How long after an edit the client's text is waited for.
+        begin_after_s: How long a job waits before it begins.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class Workbench:
         *,
         clock: Callable[[], float] = time.monotonic,
         check_s: float = CHECK_S,
+        begin_after_s: float = 0.0,
     ) -> None:
         self.editor = editor
         self.model = model
         self.settings_of = settings_of
         self.files = OpenFiles(editor.profile.encoding)
         self.records = Records(open_ledger)
-        self.jobs = Jobs(self._job_changed)
+        self.jobs = Jobs(self._job_changed, begin_after_s)
         self.plans = PlanDocuments(paths.plans)
         self.labels = Labels(
             self.files, self.records, clock, self._spawn, tells_save_reason=editor.profile.tells_save_reason
@@ -469,7 +472,9 @@ class Workbench:
                 engine = await asyncio.to_thread(self.model.wait, job.is_cancelled)
                 settings = self.settings_of(path_of(target.uri))
                 options = patcher_options(settings, "lsp", on_gpu=engine.status().device != "cpu")
-                patcher = Patcher(JobEngine(engine, job), await self.records.ledger(), options)
+                mine = CancellableEngine(engine, job.is_cancelled)
+                job.on_cancel = mine.cancel_all
+                patcher = Patcher(mine, await self.records.ledger(), options)
                 job.is_generating = True
                 self.jobs.change(job, "running", "reading the code")
                 self.editor.report_progress(job.token, "reading the code")
@@ -488,7 +493,7 @@ class Workbench:
         message = f"{ahead} ahead in the queue" if ahead else ""
         if await self.editor.begin_progress(job.token, f"PlanPatch: {job.title}", message):
             return True
-        self.editor.show_message(f"PlanPatch: {job.title} has begun", Severity.LOG)
+        self.editor.show_message(f"PlanPatch: {job.title} has begun", Severity.INFO)
         return False
 
     def _report(self, job: Job, stage: str, num_tokens: int, text: str) -> None:

@@ -131,6 +131,7 @@ class LspClient:
         if "method" not in message:
             self._responses[message["id"]].put(message)
             return
+        message["at"] = time.monotonic()
         with self._changed:
             (self.requests if "id" in message else self.notifications).append(message)
             self._changed.notify_all()

@@ -759,6 +759,30 @@ class Patcher:
         raise AssertionError("a stream ends with a Completion")
 
 
+def check_hunks(source: Source, scope: Scope, edits: Sequence[Edit], imports: Sequence[str], patch_id: str) -> None:
+    """A part of a patch is another patch: every gate must pass it too.
+
+    Args:
+        source: The text that the patch was made for.
+        scope: What it changes.
+        edits: Some of its edits.
+        imports: Imports that it declares.
+        patch_id: Names it in the error.
+
+    Raises:
+        GateError: A gate refused these edits alone.
+    """
+    report = run_gates(source, scope, edits, imports=imports, expected_sha256=source.sha256)
+    if report.refused is not None:
+        raise GateError(
+            f"These hunks alone were refused by the gate `{report.refused.gate}`: {report.refused.reason}",
+            hint="Choose others, or the whole patch.",
+            gate=report.refused.gate,
+            gates=[verdict.to_json() for verdict in report.verdicts],
+            patch_id=patch_id,
+        )
+
+
 def _loses_its_value(job: _Job, attempt: _Attempt) -> bool:
     after = attempt.report.patched
     assert after is not None

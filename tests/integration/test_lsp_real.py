@@ -148,8 +148,7 @@ def test_initialize_is_answered_soon(home: Path, record_figure: RecordFigure) ->
     whole, request = [], []
     for _ in range(7):
         with start(home) as client:
-            while client.process.poll() is None and not client.stderr and time.monotonic() - client.started_at < 0.6:
-                time.sleep(0.01)  # Python is up by then: the second figure is the request alone
+            client.request_raw("textDocument/codeAction", {})  # refused: `initialize` comes first; the process is up
             asked_at = time.monotonic()
             client.initialize()
             request.append(time.monotonic() - asked_at)
@@ -161,59 +160,66 @@ def test_initialize_is_answered_soon(home: Path, record_figure: RecordFigure) ->
         "initialize, from its request in a process that is up", round(1000 * max(request)), "ms (largest of 7)"
     )
     assert max(whole) < 1.5
-    assert statistics.median(request) < 0.1
+    assert max(request) < 0.1
 
 
 @pytest.mark.long
 def test_menus_open_while_the_model_writes_and_the_user_types(
     home: Path, tmp_path: Path, record_figure: RecordFigure
 ) -> None:
-    text = long_file(2000)
-    quiet = rate_of_decode(home, tmp_path, text, None)
     times: list[float] = []
-    loaded = rate_of_decode(home, tmp_path, text, times)
+    quiet: list[float] = []
+    loaded: list[float] = []
+    with start(home) as client:
+        uri, answer = begin_generating(client, tmp_path, long_file(2000))
+        client.job(answer)
+        while len(quiet) < 3 or len(times) < 1000:
+            quiet.append(rate_of_decode(client, uri, None))
+            loaded.append(rate_of_decode(client, uri, times))
     times.sort()
     p99_ms = 1000 * times[int(0.99 * len(times))]
+    share = statistics.median(loaded) / statistics.median(quiet)
     record_figure(
         "code actions asked for during generation, a file of 2,000 lines, 20 changes a second", len(times), ""
     )
     record_figure("code action p50", round(1000 * times[len(times) // 2], 1), "ms")
     record_figure("code action p99", round(p99_ms, 1), "ms")
     record_figure("code action, slowest", round(1000 * times[-1], 1), "ms")
-    record_figure("decode, quiet", round(quiet, 2), "tokens/s")
-    record_figure("decode, under that load", round(loaded, 2), f"tokens/s ({100 * loaded / quiet:.0f}% of quiet)")
+    record_figure("decode, quiet", round(statistics.median(quiet), 2), f"tokens/s (median of {len(quiet)})")
+    record_figure(
+        "decode, under that load", round(statistics.median(loaded), 2), f"tokens/s ({100 * share:.0f}% of quiet)"
+    )
     assert len(times) >= 1000
     assert p99_ms <= (20 if LSP_DEVICE == "cuda" else 50)
     if LSP_DEVICE == "cuda":
-        assert loaded >= 0.9 * quiet
+        assert share >= 0.9
 
 
-def rate_of_decode(home: Path, tmp_path: Path, text: str, times: list[float] | None) -> float:
-    """Tokens a second of the first answer; with `times`, 1,000 menus are asked for, 50 a second, while it types on."""
-    with start(home) as client:
-        uri, answer = begin_generating(client, tmp_path, text)
-        first, started_at = num_tokens(client, answer), time.monotonic()
-        if times is None:
-            client.job(answer)
-            return (num_tokens(client, answer) - first) / (time.monotonic() - started_at)
+def rate_of_decode(client: LspClient, uri: str, times: list[float] | None) -> float:
+    """Tokens a second of one patch; with `times`, menus are asked for, 50 a second, while a user types."""
+    argument = {"uri": uri, "position": {"line": 3, "character": 0}, "intent": INTENT, "fresh": True}
+    answer = client.command("planpatch.patch", argument)
+    if times is None:
+        client.job(answer)
+    else:
         stop = threading.Event()
         typing = threading.Thread(target=type_on, args=(client, uri, stop))
         typing.start()
         times += menus_during(client, uri, answer)
-        rate = (num_tokens(client, answer) - first) / (time.monotonic() - started_at)
-        argument = {"uri": uri, "position": {"line": 3, "character": 0}, "intent": INTENT, "fresh": True}
-        while len(times) < 1000:  # the answer was short: another one
-            times += menus_during(client, uri, client.command("planpatch.patch", argument))
         stop.set()
         typing.join()
-        return rate
+    told = [one for one in client.notifications if one["method"] == "planpatch/job"]
+    mine = [one for one in told if one["params"]["jobId"] == answer["jobId"] and one["params"]["stage"] == "patch"]
+    writing = [one for one in mine if one["params"].get("text")]
+    num_decoded = writing[-1]["params"]["numTokens"] - writing[0]["params"]["numTokens"]
+    return num_decoded / (writing[-1]["at"] - writing[0]["at"])
 
 
 def menus_during(client: LspClient, uri: str, answer: dict[str, Any]) -> list[float]:
     """Seconds that each menu took, asked for 50 times a second while a job is on its way."""
     times: list[float] = []
     while is_on_its_way(client, answer):
-        for _ in range(25):
+        for _ in range(5):
             asked_at = time.monotonic()
             assert client.actions(uri, 1200)
             times.append(time.monotonic() - asked_at)
@@ -223,10 +229,10 @@ def menus_during(client: LspClient, uri: str, answer: dict[str, Any]) -> list[fl
 
 def type_on(client: LspClient, uri: str, stop: threading.Event) -> None:
     """20 changes a second at the end of the file."""
-    version, line = client.texts[uri][0], client.text(uri).count("\n")
     while not stop.wait(0.05):
-        version += 1
-        place = {"line": line, "character": 0}
+        version, text = client.texts[uri]
+        client.texts[uri] = (version + 1, text + "# x\n")
+        place = {"line": text.count("\n"), "character": 0}
         change = {"range": {"start": place, "end": place}, "text": "# x\n"}
-        document = {"uri": uri, "version": version}
+        document = {"uri": uri, "version": version + 1}
         client.notify("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})

@@ -118,3 +118,17 @@ def test_half_a_surrogate_pair_from_a_client_is_kept_as_it_is() -> None:
     document.change([Change("y", Position(0, 0), Position(0, 1))], 2)
     assert document.text == "y = '\ud83d'\n"
     assert document.position(6) == Position(0, 6)
+
+
+TEXTS = st.text(alphabet=["a", "\r", "\n", "\x0c", "\u2028", "🙂"], max_size=12)
+
+
+@given(text=TEXTS, changes=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6), TEXTS), max_size=4))
+def test_lines_after_a_change_are_those_of_the_text_read_anew(text: str, changes: list[tuple[int, int, str]]) -> None:
+    document = Document("file:///a.py", text, 1, encoding="utf-32")
+    for place, length, new in changes:
+        start, end = (document.position(min(offset, len(document.text))) for offset in (place, place + length))
+        document.change([Change(new, start, end)], 2)
+        anew = Document("file:///a.py", document.text, 1, encoding="utf-32")
+        assert document.num_lines == anew.num_lines
+        assert [document.line_text(line) for line in range(9)] == [anew.line_text(line) for line in range(9)]
