@@ -1,7 +1,7 @@
 """Real Neovim, set up as docs/editors/neovim.md says, with the real server and the real 0.5B.
 
-What the user does is in tests/editors/lua/, a script for each test or each Neovim of it; what became of the file and the
-ledger is looked at here as well.
+What the user does is in tests/editors/lua/, a script for each test or each Neovim of it; what became of the file and
+the ledger is looked at here as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.command_line import installed_launcher, planpatch
-from tests.editors.neovim import LUA, run_lua
+from tests.editors.neovim import LUA, neovim, run_lua
+from tests.steering import NVIM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GUIDE = (ROOT / "docs" / "editors" / "neovim.md").read_text(encoding="utf-8")
@@ -59,7 +60,7 @@ def script(home: Path, folder: Path, tmp_path: Path, model_folder_05b: Path) -> 
     }
 
     def run(name: str) -> str:
-        ran = run_lua(name, str(snippets), cwd=folder, environment=environment)
+        ran = run_lua(neovim(NVIM), name, str(snippets), cwd=folder, environment=environment)
         print(ran.output)
         assert ran.code == 0 and "all ok" in ran.output, ran.output
         return ran.output

