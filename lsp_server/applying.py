@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from engine.errors import GateError, SourceError, StaleTextError, UsageError
+from engine.errors import GateError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Entry, State, source_of
@@ -149,17 +149,29 @@ class Applier:
             await self._records.do(lambda ledger: ledger.record(entry.id, "applied", hunks=hunks))
             await self._now_applied(file, entry.id)
             return {"ok": True, **said, "patchState": "applied"}
+        file.late[entry.id] = (normalised(entry.applied_text(hunks).text), hunks)  # it may still come
         if outcome == "not applied":
             await self._records.do(lambda ledger: ledger.record(entry.id, "apply_failed", hunks=hunks, by="the editor"))
             if not confirm:
                 self._editor.show_message("PlanPatch: the editor did not apply the patch", Severity.WARNING)
             return {"ok": False, **said, "patchState": "proposed"}
-        file.late[entry.id] = (normalised(entry.applied_text(hunks).text), hunks)
-        await self._records.do(lambda ledger: ledger.record(entry.id, "diverged", hunks=hunks))
+        is_in = await self._holds(file, entry, hunks)
+        await self._records.do(lambda ledger: ledger.record(entry.id, "diverged", hunks=hunks, is_in=is_in))
         file.pending.pop(entry.id, None)
+        if is_in:
+            self._labels.watch(file, await self._records.get(entry.id))
+            self._labels.did_change(file)
         self._on_change(file)
-        self._spawn(self._offer_inverse(file, entry))
+        self._spawn(self._offer_inverse(file, entry, is_in=is_in))
         return {"ok": False, **said, "patchState": "diverged"}
+
+    async def _holds(self, file: OpenFile, entry: Entry, hunks: tuple[int, ...]) -> bool:
+        """Whether a document has the hunks in it, among whatever else became of it."""
+        try:
+            source = file.source()
+        except PlanPatchError:
+            return False
+        return await self._records.do(lambda ledger: ledger.holds(entry.id, source, hunks))
 
     async def _prove_what_was_chosen(self, entry: Entry, base: Source, hunks: tuple[int, ...]) -> None:
         """The user left hunks out in the client's preview: what is left is another patch, and must pass every gate."""
@@ -179,37 +191,26 @@ class Applier:
         await self._labels.recall_history(file)
         self._on_change(file)
 
-    async def _offer_inverse(self, file: OpenFile, entry: Entry) -> None:
-        fault = ""
-        if file.text == normalised(_base(entry).text):
-            fault = "its text did not change"
-        elif not await self._can_take_back(file, entry):  # Neovim skips an edit of a text that was typed into
-            fault = (
-                "the patch is not found in the text, which changed meanwhile. Look at it, and ask for the patch again"
-            )
-        if fault:
-            message = f"PlanPatch: the editor said that it applied the patch, but {fault}"
-            self._editor.show_message(message, Severity.WARNING)
+    async def _offer_inverse(self, file: OpenFile, entry: Entry, *, is_in: bool) -> None:
+        """Offer to take back what can be found in the text; else say what is known."""
+        if is_in:
+            question = "PlanPatch: after applying, the text is not what the patch makes of it."
+            if await self._editor.ask(question, [TAKE_BACK, KEEP]) == TAKE_BACK:
+                self._spawn(self.turn("rollback", entry.id, None))
             return
-        question = "PlanPatch: after applying, the text is not what the patch makes of it."
-        if await self._editor.ask(question, [TAKE_BACK, KEEP]) == TAKE_BACK:
-            self._spawn(self.turn("rollback", entry.id, None))
-
-    async def _can_take_back(self, file: OpenFile, entry: Entry) -> bool:
-        try:
-            source = file.source()
-            await self._records.do(lambda ledger: ledger.plan_rollback(entry.id, source))
-        except (StaleTextError, SourceError):
-            return False
-        return True
+        is_untouched = file.text == normalised(_base(entry).text)
+        fault = "its text did not change" if is_untouched else "the patch is not found in its text; look at it"
+        message = f"PlanPatch: the editor said that it applied the patch, but {fault}"
+        self._editor.show_message(message, Severity.WARNING)
 
     def did_change(self, file: OpenFile) -> None:
         """Look for what is waited for in a document's new text."""
         text = file.text
+        is_sought = file.search is not None and text in file.search.targets
         if file.search is not None:
             file.search.look(text)
         for patch_id, (target, hunks) in list(file.late.items()):
-            if text == target:
+            if text == target and not is_sought:
                 del file.late[patch_id]
                 self._spawn(self._applied_late(file, patch_id, hunks))
         file.changed.set()

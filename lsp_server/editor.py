@@ -176,8 +176,8 @@ class Editor(Protocol):
         """Show these notes of ours in a document, and no others."""
         ...
 
-    async def begin_progress(self, token: str, title: str, message: str) -> bool:
-        """Show progress that the user can cancel; False if the client cannot."""
+    async def begin_progress(self, token: str, title: str, message: str, *, can_cancel: bool = True) -> bool:
+        """Show progress, which the user can cancel; False if the client cannot."""
         ...
 
     def report_progress(self, token: str, message: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from engine.errors import PlanPatchError
-from engine.patching.ledger_records import UNDONE, Entry, State
+from engine.patching.ledger_records import UNDONE, Entry
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
@@ -46,8 +46,7 @@ class Labels:
         if path is None:
             return
         for summary in await self._records.do(lambda ledger: ledger.list_proposals(path=path, limit=_MOST_RECALLED)):
-            is_in = summary.is_applied and summary.state is not State.DIVERGED
-            if is_in and summary.id not in file.watches:
+            if summary.is_applied and summary.id not in file.watches:
                 self.watch(file, await self._records.get(summary.id))
         self.did_change(file)  # it may have been taken out while nobody watched
         await self.recall_history(file)

@@ -329,7 +329,7 @@ class PlanPatchServer(LanguageServer):
             self.editor.report_progress(self._host_progress, message)
         elif self._host.status.state == "loading":
             token = f"planpatch/model-{next(self._numbers)}"
-            if await self.editor.begin_progress(token, "PlanPatch: loading the model", message):
+            if await self.editor.begin_progress(token, "PlanPatch: loading the model", message, can_cancel=False):
                 self._host_progress = token
 
     async def _use_adapter(self) -> None:

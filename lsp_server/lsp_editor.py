@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pygls.protocol import LanguageServerProtocol
 
 _ANNOTATION = "planpatch.hunk"
+_USER_S = 120.0  # for an edit that some clients ask the user about, and that others lose
 _ANSWER_S = 10.0  # for what a client answers by itself, with no user in between
 _NUDGE_S = 2.0  # eglot may leave a request unread until the next message comes
 
@@ -53,7 +54,8 @@ class LspEditor:
             EditorFault: It answered with an error.
         """
         params = types.ApplyWorkspaceEditParams(edit=workspace_edit(edit, self._profile), label=edit.label)
-        result = await self._request(types.WORKSPACE_APPLY_EDIT, params)
+        timeout_s = None if edit.needs_confirmation else _USER_S
+        result = await self._request(types.WORKSPACE_APPLY_EDIT, params, timeout_s)
         return bool(getattr(result, "applied", False))
 
     async def ask(self, message: str, choices: Sequence[str]) -> str | None:
@@ -115,13 +117,14 @@ class LspEditor:
         params = types.PublishDiagnosticsParams(uri=uri, version=version, diagnostics=diagnostics)
         self._protocol.notify(types.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS, params)
 
-    async def begin_progress(self, token: str, title: str, message: str) -> bool:
+    async def begin_progress(self, token: str, title: str, message: str, *, can_cancel: bool = True) -> bool:
         """Create and begin server-made work-done progress.
 
         Args:
             token: Its token.
             title: What it is.
             message: How far it is.
+            can_cancel: Whether the user can cancel it.
 
         Returns:
             Whether the client shows it.
@@ -133,14 +136,14 @@ class LspEditor:
             await self._request(types.WINDOW_WORK_DONE_PROGRESS_CREATE, params, _ANSWER_S)
         except EditorFault:
             return False
-        begin = types.WorkDoneProgressBegin(title=title, cancellable=True, message=message or None)
+        begin = types.WorkDoneProgressBegin(title=title, cancellable=can_cancel, message=message or None)
         self._protocol.notify(types.PROGRESS, types.ProgressParams(token=token, value=begin))
         return True
 
     def report_progress(self, token: str, message: str) -> None:
         """Report on progress that was begun."""
         if self._profile.has_progress:
-            report = types.WorkDoneProgressReport(message=message, cancellable=True)
+            report = types.WorkDoneProgressReport(message=message)
             self._protocol.notify(types.PROGRESS, types.ProgressParams(token=token, value=report))
 
     def end_progress(self, token: str, message: str) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import PathError, UsageError
@@ -147,9 +147,9 @@ class PlanDocuments:
                     if time.time() - changed_at > _MAX_AGE_S:
                         file.unlink()
                     elif (document := _document_in(file)) is not None:
-                        found.append((changed_at, document))
-                except OSError:
-                    continue  # gone meanwhile, or another user's: not ours to offer
+                        found.append((changed_at, replace(document, intent=self.read(document).intent)))
+                except (OSError, PathError, UsageError):
+                    continue  # gone, another user's, or without its headings: nothing to offer
             found.sort(key=lambda pair: pair[0])
             self._known = {(path_key(Path(one.path)) or "", one.function): one for _, one in found}
         return self._known

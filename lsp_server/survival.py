@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import PlanPatchError
-from engine.patching.ledger_records import Entry, Label, source_of
+from engine.patching.ledger_records import Entry, Label, State, source_of
 from engine.patching.scopes import ParseFault, Scope, find_scope, parse_text, standalone_text
 from engine.patching.source import Source
 
@@ -78,7 +78,9 @@ class Watch:
             whole_base=normalised(base.text),
             whole_patched=normalised(patched.text),
             applied_at=applied_at,
-            is_settled=entry.label is not Label.UNREVIEWED or proposal.surface != "lsp",
+            is_settled=entry.label is not Label.UNREVIEWED
+            or entry.state is State.DIVERGED
+            or proposal.surface != "lsp",
         )
 
     def turned(self, text: str) -> Finding | None:

@@ -568,7 +568,12 @@ class Workbench:
         self.tell_status()
         for warning in await asyncio.to_thread(notices, patch.source, scope, patch.edits):
             self.editor.show_message(f"PlanPatch: {warning}", Severity.WARNING)
-        if self.settings_of(file.path).apply == "direct" and not patch.is_second_choice:
+        if file.document.text != target.text:
+            self.editor.show_message(
+                f"PlanPatch: {target.title} has a patch, but the text changed while it was written: ask again",
+                Severity.INFO,
+            )
+        elif self.settings_of(file.path).apply == "direct" and not patch.is_second_choice:
             await self.applier.apply(patch.id, hunks)
         elif self.editor.profile.has_annotations:
             await self.applier.apply(patch.id, hunks, confirm=True)

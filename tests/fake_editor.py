@@ -138,7 +138,7 @@ class FakeEditor:
     def publish_notes(self, uri: str, version: int | None, notes: Sequence[Note]) -> None:
         self.notes[uri] = notes
 
-    async def begin_progress(self, token: str, title: str, message: str) -> bool:
+    async def begin_progress(self, token: str, title: str, message: str, *, can_cancel: bool = True) -> bool:
         return True
 
     def report_progress(self, token: str, message: str) -> None:

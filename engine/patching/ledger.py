@@ -526,6 +526,23 @@ class Ledger:
         """
         return self._turned(self.get(patch_id), "redo", current).edits
 
+    def holds(self, patch_id: str, current: Source, hunks: Iterable[int] | None = None) -> bool:
+        """Whether a text has a proposal's hunks in it, whatever is recorded.
+
+        Args:
+            patch_id: The proposal.
+            current: The text.
+            hunks: Indices of its edits; None for all.
+
+        Returns:
+            Whether every hunk is found as the patch leaves it.
+
+        Raises:
+            UsageError: No such proposal or hunks.
+        """
+        entry = self.get(patch_id)
+        return _fits(entry, chosen_hunks(entry, hunks), "rollback", current.to_bytes())
+
     # Verdicts
 
     def accept(self, patch_id: str, *, reason: str = "") -> None:

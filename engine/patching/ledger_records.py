@@ -380,8 +380,8 @@ def add_up(events: Iterable[Event]) -> Standing:
                 standing = replace(standing, state=State.APPLIED, is_applied=True, hunks=hunks)
             case "diverged":
                 ever_fit = False
-                hunks = tuple(event.data["hunks"])
-                standing = replace(standing, state=State.DIVERGED, is_applied=True, hunks=hunks)
+                hunks, is_in = tuple(event.data["hunks"]), bool(event.data.get("is_in", True))
+                standing = replace(standing, state=State.DIVERGED, is_applied=is_in, hunks=hunks)
             case "rolled_back" if event.data.get("reason") == UNDONE:
                 implicit, was_undone = Label.REJECTED, True
                 standing = replace(standing, state=State.REJECTED, is_applied=False)

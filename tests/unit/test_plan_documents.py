@@ -22,7 +22,7 @@ def test_a_document_is_written_read_and_found_again_by_another_server(tmp_path: 
     assert documents.read(document) == PlanText("use the width", ("first", "second"))
     found = PlanDocuments(folder).find(path, "Box.area")
     assert found is not None
-    assert (found.file, found.plan_id) == (document.file, "pl_1")
+    assert (found.file, found.plan_id, found.intent) == (document.file, "pl_1", "use the width")
     assert PlanDocuments(folder).find(path, "Box") is None
     assert PlanDocuments(folder).find(tmp_path / "b.py", "Box.area") is None
 

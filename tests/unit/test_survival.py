@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,26 @@ def test_the_same_request_gets_the_same_proposal_and_a_rejected_one_never_again(
         assert await desk.patch(fresh=True) != first
 
     at_desk(tmp_path, story, apply="ask")
+
+
+def test_a_patch_of_a_text_that_changed_meanwhile_is_neither_asked_about_nor_applied(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        desk.editor.on_ask = lambda message, choices: pytest.fail("asked about a patch that cannot be applied")
+
+        def type_and_answer(prompt: str) -> Answer:
+            loop.call_soon_threadsafe(desk.type, "# typed\n" + TEXT)
+            time.sleep(0.05)
+            return ANSWER
+
+        loop = asyncio.get_running_loop()
+        desk.engine._script = type_and_answer
+        await desk.patch()
+        assert desk.editor.edits == []
+        assert desk.editor.messages == [
+            "PlanPatch: f has a patch, but the text changed while it was written: ask again"
+        ]
+
+    at_desk(tmp_path, story)
 
 
 def test_a_failed_device_is_noticed(tmp_path: Path) -> None:
