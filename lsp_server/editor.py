@@ -14,6 +14,8 @@ from typing import Any, Protocol, cast
 
 from lsp_server.documents import Encoding, Position
 
+NOTIFICATIONS = ("planpatch/status", "planpatch/job")
+
 
 class Severity(IntEnum):
     """Of a message; the protocol's numbers."""
@@ -62,7 +64,8 @@ class ClientProfile:
             name: `clientInfo.name`.
             capabilities: The capabilities of `initialize`, as JSON.
             encoding: What positions count.
-            options: `initializationOptions`, as JSON; `notifications` lists those of ours that are wanted.
+            options: `initializationOptions`, as JSON; `notifications` says which of ours are wanted: true for all, or
+                their names, with or without `planpatch/`, as a list or as an object of booleans.
 
         Returns:
             The profile.
@@ -74,8 +77,6 @@ class ClientProfile:
                 value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
             return bool(value) or value == {}
 
-        wanted = options.get("notifications")
-        names = cast("Sequence[object]", wanted) if isinstance(wanted, (list, tuple)) else ()
         return cls(
             name=name,
             encoding=encoding,
@@ -88,8 +89,17 @@ class ClientProfile:
             tells_save_reason=has("textDocument.synchronization.willSave"),
             has_disabled_actions=has("textDocument.codeAction.disabledSupport") and name.lower() != "helix",
             has_configuration=has("workspace.configuration"),
-            notifications=frozenset(map(str, names)),
+            notifications=_wanted(options.get("notifications")),
         )
+
+
+def _wanted(found: object) -> frozenset[str]:
+    if found is True:
+        return frozenset(NOTIFICATIONS)
+    if isinstance(found, Mapping):
+        found = [name for name, is_wanted in cast("Mapping[str, object]", found).items() if is_wanted is True]
+    names = cast("Sequence[object]", found) if isinstance(found, (list, tuple)) else ()
+    return frozenset(f"planpatch/{str(name).removeprefix('planpatch/')}" for name in names) & frozenset(NOTIFICATIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from pygls.protocol import default_converter
 
 from engine.errors import PlanPatchError, UsageError
 from engine.inference.catalogue import resolve
-from engine.patching.ledger_records import Surface
 from lsp_server import code_actions
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
@@ -42,7 +41,6 @@ from lsp_server.transport import ThreadWriter, read_on_thread, take_stdio
 from lsp_server.uris import path_of
 from lsp_server.workbench import Workbench, said
 
-SURFACE: Surface = "lsp"
 COMMANDS = (
     *("planpatch.plan", "planpatch.patch", "planpatch.apply", "planpatch.reject", "planpatch.rollback"),
     *("planpatch.redo", "planpatch.cancel", "planpatch.status", "planpatch.feedback", "planpatch.model"),
@@ -186,7 +184,7 @@ class PlanPatchServer(LanguageServer):
         profile = ClientProfile.of(name, capabilities, cast("Encoding", encoding), options)
         folders = [folder.uri for folder in params.workspace_folders or []] or [params.root_uri or ""]
         self._folders = [path for uri in folders if (path := path_of(uri)) is not None]
-        settings = options.get("settings")
+        settings = options.get("settings") or options.get("planpatch")
         self._editor_settings = cast("dict[str, object]", settings) if isinstance(settings, dict) else {}
         process = params.process_id
         self._client_process = process if process is not None and process > 0 and _is_alive(process) else None
