@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,11 +17,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from engine.errors import CancelledError, PlanPatchError
+from engine.errors import CancelledError, EngineError, PlanPatchError
 
 T = TypeVar("T")
 JobKind = Literal["plan", "patch", "apply", "rollback", "redo", "pull", "model"]
 JobState = Literal["waiting", "loading", "running", "done", "refused", "failed", "cancelled"]
+
+log = logging.getLogger("planpatch.lsp")
 
 _MAX_ENDED = 32
 _REPORT_INTERVAL_S = 0.1
@@ -79,6 +82,18 @@ class Job:
         }
 
 
+def unexpected(fault: Exception) -> PlanPatchError:
+    """A bug, as an error that can be shown.
+
+    Args:
+        fault: What was raised.
+
+    Returns:
+        The error.
+    """
+    return EngineError(f"This is a bug in PlanPatch: {type(fault).__name__}: {fault}", hint="Please report it.")
+
+
 class Jobs:
     """Every job of one server. Used from the event loop's thread alone, except for `Job.is_cancelled`.
 
@@ -130,6 +145,10 @@ class Jobs:
         except PlanPatchError as error:
             job.error = error
             self.change(job, "refused" if error.exit_code == 1 else "failed")
+        except Exception as fault:  # a bug: the job ends, and the server goes on
+            log.exception("%s failed", job.title)
+            job.error = unexpected(fault)
+            self.change(job, "failed")
 
     @asynccontextmanager
     async def turn(self, job: Job):

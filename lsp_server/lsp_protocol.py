@@ -18,13 +18,15 @@ from pygls.protocol import LanguageServerProtocol
 from pygls.protocol.language_server import lsp_method
 
 from engine.errors import PlanPatchError, UsageError
+from lsp_server.edit_jobs import unexpected
 from lsp_server.lsp_editor import document_changes
 from lsp_server.workbench import said
 
 if TYPE_CHECKING:
     from lsp_server.language_server import PlanPatchServer
 
-_NOT_INITIALIZED, _INVALID_REQUEST, _INVALID_PARAMS, _REQUEST_FAILED = -32002, -32600, -32602, -32803
+_NOT_INITIALIZED, _INVALID_REQUEST, _INVALID_PARAMS, _INTERNAL_ERROR = -32002, -32600, -32602, -32603
+_REQUEST_FAILED = -32803
 
 log = logging.getLogger("planpatch.lsp")
 
@@ -103,6 +105,10 @@ class Protocol(LanguageServerProtocol):
         except PlanPatchError as error:
             code = _INVALID_PARAMS if isinstance(error, UsageError) else _REQUEST_FAILED
             raise JsonRpcException(said(error), code, error.to_json()) from error
+        except Exception as fault:
+            log.exception("%s failed", params.command)
+            error = unexpected(fault)
+            raise JsonRpcException(said(error), _INTERNAL_ERROR, error.to_json()) from fault
 
     @lsp_method(types.WINDOW_WORK_DONE_PROGRESS_CANCEL)
     def lsp_work_done_progress_cancel(self, params: types.WorkDoneProgressCancelParams) -> None:

@@ -8,6 +8,7 @@ watches what the user does afterwards.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -29,7 +30,7 @@ from engine.patching.source import Source
 from lsp_server.applying import CHECK_S, Applier
 from lsp_server.code_actions import ActionState, Offer, function_at
 from lsp_server.documents import Document, Position
-from lsp_server.edit_jobs import Job, JobKind, Jobs, TokenReports
+from lsp_server.edit_jobs import Job, JobKind, Jobs, TokenReports, unexpected
 from lsp_server.editor import Editor, Note, Severity
 from lsp_server.labels import Labels
 from lsp_server.model_host import HostStatus
@@ -48,6 +49,8 @@ from lsp_server.targets import (
     text_argument,
 )
 from lsp_server.uris import path_of
+
+log = logging.getLogger("planpatch.lsp")
 
 T = TypeVar("T")
 Listen = Callable[[str, str], None]
@@ -613,6 +616,9 @@ class Workbench:
             pass  # by the user, who knows
         except PlanPatchError as error:
             self._show_error(error)
+        except Exception as fault:
+            log.exception("something went wrong in the background")
+            self._show_error(unexpected(fault))
 
 
 def said(error: PlanPatchError) -> str:

@@ -313,6 +313,7 @@ async def run_world(folder: Path, seed: int, num_steps: int) -> World:
     await world.check_truth()
     await world.bench.close()
     assert faults == [], (faults, world.log)
+    assert [message for message in world.editor.messages if "bug in PlanPatch" in message] == [], world.log
     return world
 
 

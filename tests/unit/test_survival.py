@@ -266,6 +266,22 @@ def test_a_patch_of_a_text_that_changed_meanwhile_is_neither_asked_about_nor_app
     at_desk(tmp_path, story)
 
 
+def test_a_bug_ends_its_job_and_not_the_server(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        def broken(prompt: str) -> Answer:
+            raise ZeroDivisionError("oops")
+
+        desk.engine._script = broken
+        await desk.patch()
+        assert desk.job.state == "failed"
+        assert desk.editor.messages[-1].startswith("PlanPatch: This is a bug in PlanPatch: ZeroDivisionError: oops")
+        desk.engine._script = lambda prompt: ANSWER
+        await desk.patch()
+        assert desk.buffer.text == PATCHED
+
+    at_desk(tmp_path, story)
+
+
 def test_a_failed_device_is_noticed(tmp_path: Path) -> None:
     async def story(desk: Desk) -> None:
         desk.engine.fail("CUDA error: an illegal memory access")
