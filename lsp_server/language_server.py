@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from lsp_server.model_host import HostStatus, ModelHost, ServerMark
 from lsp_server.session import Session
 from lsp_server.settings import SettingProblem, Settings, load_settings
 from lsp_server.targets import text_argument
-from lsp_server.transport import ThreadWriter, read_on_thread, take_stdio
+from lsp_server.transport import Writer, read_messages, take_stdio
 from lsp_server.uris import path_of
 from lsp_server.workbench import Workbench, said
 
@@ -567,13 +568,7 @@ def serve_stdio(environ: Mapping[str, str], options: Mapping[str, object]) -> in
     """
     stdin, stdout = take_stdio()
 
-    def start(server: PlanPatchServer) -> None:
-        writer = ThreadWriter(stdout, server.end_from_thread)
-        server.protocol.set_writer(writer)
-        protocol = cast(Protocol, server.protocol)
-        read_on_thread(stdin, asyncio.get_running_loop(), protocol.receive, lambda reason: _ended(server, reason))
-
-    return _run(environ, options, start)
+    return _run(environ, options, stdin, stdout)
 
 
 def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: str, port: int) -> int:
@@ -605,16 +600,9 @@ def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: s
     print(f"planpatch lsp: listening on {host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     connection, _ = listener.accept()
     listener.close()
-    stdin, stdout = connection.makefile("rb"), connection.makefile("wb")
-
-    def start(server: PlanPatchServer) -> None:
-        server.protocol.set_writer(ThreadWriter(cast(Any, stdout), server.end_from_thread))
-        protocol = cast(Protocol, server.protocol)
-        loop = asyncio.get_running_loop()
-        read_on_thread(cast(Any, stdin), loop, protocol.receive, lambda reason: _ended(server, reason))
-
+    stream = socket.SocketIO(connection, "rwb")
     try:
-        return _run(environ, options, start)
+        return _run(environ, options, stream, stream)
     finally:
         connection.close()
 
@@ -625,7 +613,12 @@ def _ended(server: PlanPatchServer, reason: str) -> None:
     server.end(0 if cast(Any, server.protocol)._shutdown and not reason else 1)
 
 
-def _run(environ: Mapping[str, str], options: Mapping[str, object], start: Callable[[PlanPatchServer], None]) -> int:
+def _run(environ: Mapping[str, str], options: Mapping[str, object], incoming: RawIOBase, outgoing: RawIOBase) -> int:
+    def start(server: PlanPatchServer) -> None:
+        server.protocol.set_writer(Writer(outgoing, server.end_from_thread))
+        receive = cast(Protocol, server.protocol).receive
+        read_messages(incoming, asyncio.get_running_loop(), receive, lambda reason: _ended(server, reason))
+
     server = PlanPatchServer(environ, options)
     _set_log(load_settings(options, environ)[0], Path)
     code = asyncio.run(server.serve(start))

@@ -1,8 +1,8 @@
 """JSON-RPC messages over stdio or one loopback TCP connection.
 
 On stdio nothing else may reach the client: `take_stdio` keeps descriptors 0 and 1 for the protocol and points the
-numbers at the null device and at stderr, so that whatever a library prints, in Python or in C, goes to stderr. Reading
-and writing have threads of their own; a client that does not read never stops the event loop.
+numbers at the null device and at stderr, so that whatever a library prints, in Python or in C, goes to stderr. A client
+that does not read never stops the event loop.
 
 A connection whose header has other fields than the protocol's is closed: a web page can make a browser post to a
 loopback port, and an HTTP request must not be read as messages.
@@ -14,14 +14,17 @@ import asyncio
 import os
 import queue
 import re
+import select
+import stat
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import BinaryIO
+from io import RawIOBase
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _MAX_HEADER_BYTES = 4096
+_CHUNK_BYTES = 65536
 _FIELD = re.compile(rb"(?i)(?:content-length[ \t]*:[ \t]*(\d{1,12})|content-type[ \t]*:[^\r\n]*)[ \t]*\r?\n")
 
 
@@ -29,7 +32,7 @@ class FramingFault(ValueError):
     """Bytes that are no message."""
 
 
-def take_stdio() -> tuple[BinaryIO, BinaryIO]:
+def take_stdio() -> tuple[RawIOBase, RawIOBase]:
     """Keep stdin and stdout for the protocol, and point their descriptors elsewhere.
 
     Returns:
@@ -37,7 +40,7 @@ def take_stdio() -> tuple[BinaryIO, BinaryIO]:
     """
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    streams = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    streams = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -50,32 +53,52 @@ def take_stdio() -> tuple[BinaryIO, BinaryIO]:
     return streams
 
 
-def read_message(stream: BinaryIO) -> bytes | None:
-    """The next message's body.
+class Framing:
+    """Cuts a stream into messages' bodies, however its bytes come."""
 
-    Args:
-        stream: Blocking.
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._length: int | None = None
+        self._is_in_body = False
+        self._num_header_bytes = 0
 
-    Returns:
-        The body; None at the end of the stream.
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take in some bytes.
 
-    Raises:
-        FramingFault: The bytes are no message.
-    """
-    length: int | None = None
-    num_header_bytes = 0
-    while True:
-        line = stream.readline(_MAX_HEADER_BYTES)
-        if not line:
-            return None
-        num_header_bytes += len(line)
-        if line in (b"\r\n", b"\n"):
-            if length is not None:
+        Args:
+            data: The stream's next bytes.
+
+        Returns:
+            The bodies that are whole now.
+
+        Raises:
+            FramingFault: The bytes are no message.
+        """
+        self._data += data
+        bodies: list[bytes] = []
+        while self._is_in_body or self._read_header():
+            assert self._length is not None
+            if len(self._data) < self._length:
                 break
-            continue
-        length = _field(line, length, num_header_bytes)
-    body = stream.read(length)
-    return body if len(body) == length else None
+            bodies.append(bytes(self._data[: self._length]))
+            del self._data[: self._length]
+            self._length, self._is_in_body, self._num_header_bytes = None, False, 0
+        return bodies
+
+    def _read_header(self) -> bool:
+        """Take in header lines; whether a body follows."""
+        while (end := self._data.find(b"\n") + 1) > 0:
+            line = bytes(self._data[:end])
+            del self._data[:end]
+            self._num_header_bytes += end
+            if line not in (b"\r\n", b"\n"):
+                self._length = _field(line, self._length, self._num_header_bytes)
+            elif self._length is not None:
+                self._is_in_body = True
+                return True
+        if self._num_header_bytes + len(self._data) > _MAX_HEADER_BYTES:
+            raise FramingFault(f"a message's header holds {bytes(self._data[:60])!r}")
+        return False
 
 
 def _field(line: bytes, length: int | None, num_header_bytes: int) -> int | None:
@@ -89,24 +112,46 @@ def _field(line: bytes, length: int | None, num_header_bytes: int) -> int | None
     return int(match[1])
 
 
-class ThreadWriter:
-    """Writes on a thread of its own, in order.
+class Writer:
+    """Writes in order, and never makes its caller wait.
+
+    A short message goes out at once where the pipe has room for it; all else is written on a thread of its own. Each
+    thread that wakes takes the interpreter from the one that decodes.
 
     Args:
-        stream: Where to.
-        on_closed: Called on that thread when nobody reads any more.
+        stream: Where to, not buffered.
+        on_closed: Called, on whatever thread, when nobody reads any more.
     """
 
-    def __init__(self, stream: BinaryIO, on_closed: Callable[[], None]) -> None:
+    def __init__(self, stream: RawIOBase, on_closed: Callable[[], None]) -> None:
         self._stream = stream
         self._on_closed = on_closed
+        self._is_pipe = os.name == "posix" and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._num_queued = 0
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="planpatch-writer", daemon=True)
         self._thread.start()
 
     def write(self, data: bytes) -> None:
         """Send some bytes; returns at once."""
+        with self._lock:
+            if self._num_queued == 0 and self._has_room(len(data)):
+                try:
+                    os.write(self._stream.fileno(), data)
+                except OSError:
+                    self._on_closed()
+                return
+            self._num_queued += 1
         self._queue.put(data)
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether a write cannot block: a pipe that can be written to takes `PIPE_BUF` bytes (POSIX, write)."""
+        if not self._is_pipe or num_bytes > select.PIPE_BUF:
+            return False
+        poll = select.poll()
+        poll.register(self._stream.fileno(), select.POLLOUT)
+        return any(event == select.POLLOUT for _, event in poll.poll(0))
 
     def close(self) -> None:
         """Send what is left, for a moment at most."""
@@ -116,41 +161,65 @@ class ThreadWriter:
     def _run(self) -> None:
         try:
             while (data := self._queue.get()) is not None:
-                self._stream.write(data)
-                if self._queue.empty():
-                    self._stream.flush()
-            self._stream.flush()
+                view = memoryview(data)
+                while view:
+                    view = view[self._stream.write(view) or 0 :]
+                with self._lock:
+                    self._num_queued -= 1
         except (OSError, ValueError):
             self._on_closed()
 
 
-def read_on_thread(
-    stream: BinaryIO,
+def read_messages(
+    stream: RawIOBase,
     loop: asyncio.AbstractEventLoop,
     on_message: Callable[[bytes], None],
     on_end: Callable[[str], None],
 ) -> None:
-    """Read messages on a thread until the stream ends; both callbacks run on the loop.
+    """Read messages until the stream ends; both callbacks run on the loop.
 
     Args:
-        stream: Blocking.
-        loop: The event loop.
+        stream: Blocking, not buffered.
+        loop: The event loop; it reads by itself where it can, else a thread does.
         on_message: Takes each body.
         on_end: Takes the reason; empty for a plain end.
     """
+    framing = Framing()
 
-    def run() -> None:
-        reason = ""
+    def take(data: bytes) -> bool:
+        """Whether the stream goes on."""
         try:
-            while (body := read_message(stream)) is not None:
-                loop.call_soon_threadsafe(on_message, body)
+            for body in framing.feed(data) if data else ():
+                on_message(body)
         except FramingFault as fault:
-            reason = str(fault)
-        except (OSError, ValueError):
-            pass  # the pipe was closed under us
-        except RuntimeError:
-            return  # the loop is gone
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(on_end, reason)
+            on_end(str(fault))
+            return False
+        if not data:
+            on_end("")
+        return bool(data)
+
+    def on_readable() -> None:
+        if not take(_read(stream)):
+            loop.remove_reader(stream.fileno())
+
+    try:
+        loop.add_reader(stream.fileno(), on_readable)
+    except (NotImplementedError, OSError):  # Windows; or a plain file
+        _read_on_thread(stream, loop, take)
+
+
+def _read_on_thread(stream: RawIOBase, loop: asyncio.AbstractEventLoop, take: Callable[[bytes], bool]) -> None:
+    def run() -> None:
+        with suppress(RuntimeError):  # the loop is gone
+            while data := _read(stream):
+                loop.call_soon_threadsafe(take, data)
+            loop.call_soon_threadsafe(take, b"")
 
     threading.Thread(target=run, name="planpatch-reader", daemon=True).start()
+
+
+def _read(stream: RawIOBase) -> bytes:
+    try:
+        return stream.read(_CHUNK_BYTES) or b""
+    except (OSError, ValueError):
+        return b""  # it was closed under us

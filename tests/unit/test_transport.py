@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import io
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from lsp_server.transport import FramingFault, ThreadWriter, read_message
+from lsp_server.transport import Framing, FramingFault, Writer
 from lsp_server.uris import path_of, uri_of
 
 
-def messages(data: bytes) -> list[bytes]:
-    stream, found = io.BytesIO(data), []
-    while (body := read_message(stream)) is not None:
-        found.append(body)
-    return found
+def messages(data: bytes, chunk: int = 1000) -> list[bytes]:
+    framing = Framing()
+    return [body for start in range(0, len(data), chunk) for body in framing.feed(data[start : start + chunk])]
 
 
-def test_messages_are_read_one_after_another() -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_messages_are_read_one_after_another(chunk: int) -> None:
     data = b"Content-Length: 2\r\n\r\n{}content-length:4\r\nContent-Type: x; charset=utf-8\r\n\r\n\xf0\x9f\x99\x82"
-    assert messages(data) == [b"{}", b"\xf0\x9f\x99\x82"]
+    data += b"\r\nContent-Length: 0\n\n"
+    assert messages(data, chunk) == [b"{}", b"\xf0\x9f\x99\x82", b""]
 
 
 @pytest.mark.parametrize("data", [b"", b"Content-Length: 5\r\n\r\n{}", b"Content-Length: 5\r\n", b"\r\n\r\n"])
-def test_a_stream_that_ends_early_is_its_end(data: bytes) -> None:
+def test_what_is_not_whole_is_no_message(data: bytes) -> None:
     assert messages(data) == []
 
 
+@pytest.mark.parametrize("chunk", [1, 1000])
 @pytest.mark.parametrize(
     "data",
     [
@@ -37,28 +38,35 @@ def test_a_stream_that_ends_early_is_its_end(data: bytes) -> None:
         b"Content-Length: -1\r\n\r\n",
         b"Content-Length: 99999999999\r\n\r\n",
         b"Content-Length: 2" + b" " * 10_000 + b"\r\n\r\n{}",
+        b"x" * 10_000,
         b"hello\n",
     ],
 )
-def test_anything_else_is_refused(data: bytes) -> None:
+def test_anything_else_is_refused(data: bytes, chunk: int) -> None:
     with pytest.raises(FramingFault):
-        messages(data)
+        messages(data, chunk)
 
 
-def test_a_writer_keeps_the_order_and_tells_of_a_closed_pipe() -> None:
-    class Pipe(io.BytesIO):
-        def write(self, data: object) -> int:
-            if data == b"break":
-                raise BrokenPipeError
-            return super().write(data)  # type: ignore[arg-type]
+def test_a_writer_keeps_the_order_and_its_caller_never_waits_for_a_reader() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "wb", 0) as stream:
+        writer = Writer(stream, lambda: pytest.fail("it is open"))
+        sent = [b"%d." % number * (20_000 if number % 7 == 3 else 1) for number in range(200)]
+        for data in sent:
+            writer.write(data)  # far more than a pipe holds, and nobody reads yet
+        with os.fdopen(read, "rb") as reader:
+            assert reader.read(sum(map(len, sent))) == b"".join(sent)
+        writer.close()
 
-    pipe, closed = Pipe(), threading.Event()
-    writer = ThreadWriter(pipe, closed.set)
-    for number in range(100):
-        writer.write(b"%d " % number)
-    writer.write(b"break")
-    assert closed.wait(5)
-    assert pipe.getvalue() == b"".join(b"%d " % number for number in range(100))
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_writer_tells_of_a_closed_pipe(size: int) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    closed = threading.Event()
+    with os.fdopen(write, "wb", 0) as stream:
+        Writer(stream, closed.set).write(b"x" * size)
+        assert closed.wait(5)
 
 
 @pytest.mark.parametrize(
