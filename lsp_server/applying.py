@@ -270,7 +270,7 @@ class Applier:
 
     async def _turn_in_editor(self, turn: Turn, entry: Entry, file: OpenFile) -> dict[str, Any]:
         kind, done = _KINDS[turn], {"ok": True, "patchId": entry.id, "patchState": _KINDS[turn]}
-        if turn == "rollback" and entry.standing.is_applied and file.text == normalised(_base(entry).text):
+        if await self._is_turned(turn, entry, file):
             file.watches.pop(entry.id, None)
             file.late.pop(entry.id, None)
             await self._records.do(lambda ledger: ledger.record(entry.id, kind, reason="the text was so already"))
@@ -289,15 +289,25 @@ class Applier:
             what = f"did not {turn} the patch" if outcome == "not applied" else f"has another text after the {turn}"
             self._editor.show_message(f"PlanPatch: the editor {what}; look at the file", Severity.WARNING)
             return {"ok": False, "patchId": entry.id, "patchState": entry.state.value}
-        file.watches.pop(entry.id, None)  # before anything is awaited: this is no undo by the user
+        file.watches.pop(entry.id, None)  # before anything is awaited: this is no turn by the user
         file.late.pop(entry.id, None)
         await self._records.do(lambda ledger: ledger.record(entry.id, kind))
         await self._after_turn(turn, file, entry.id)
         return done
 
+    async def _is_turned(self, turn: Turn, entry: Entry, file: OpenFile) -> bool:
+        """Whether the text is so already: it was done by other means, such as version control or undo."""
+        if turn == "rollback":
+            return entry.standing.is_applied and file.text == normalised(_base(entry).text)
+        is_out = not entry.standing.is_applied and bool(entry.standing.hunks)
+        return is_out and await self._holds(file, entry, entry.standing.hunks)
+
     async def _after_turn(self, turn: Turn, file: OpenFile, patch_id: str) -> None:
         if turn == "redo":
             await self._now_applied(file, patch_id)
+        else:
+            self._labels.watch(file, await self._records.get(patch_id))  # the editor's undo puts it in again
+            self._labels.did_change(file)
         await self._labels.recall_history(file)
         self._on_change(file)
 

@@ -24,6 +24,7 @@ _DEFINITION = re.compile(r"(?P<indent>[ \t\f]*)(?:async[ \t]+)?(?P<kind>def|clas
 _DECORATOR = re.compile(r"[ \t\f]*@")
 _BLANK = re.compile(r"[ \t\f]*(?:#.*)?\Z")
 _MAX_MESSAGE = 60
+_MOST_JOBS = 5
 _MAX_LINES_UP = 5000
 
 
@@ -134,7 +135,7 @@ def actions(document: Document, request: Request, state: ActionState) -> list[Ac
         *_history_actions(document.uri, state),
         *(
             Action(f"PlanPatch: cancel {title}", PLAN_KIND, "planpatch.cancel", {"jobId": job_id})
-            for job_id, title in state.jobs.items()
+            for job_id, title in list(state.jobs.items())[:_MOST_JOBS]
         ),
     ]
     return [action for action in found if _is_wanted(action.kind, request.only)]
@@ -152,7 +153,7 @@ def function_at(document: Document, line: int) -> str:
     """
     at = _skip_decorators(document, line)
     names: list[str] = []
-    limit: int | None = None
+    limit = _indent_below(document, at) if _is_empty(document, at) else None
     for number in range(at, max(-1, at - _MAX_LINES_UP), -1):
         text = document.line_text(number)
         if _BLANK.match(text):
@@ -167,6 +168,19 @@ def function_at(document: Document, line: int) -> str:
         if indent == 0:
             break
     return ".".join(reversed(names))
+
+
+def _is_empty(document: Document, line: int) -> bool:
+    return not document.line_text(line).strip()
+
+
+def _indent_below(document: Document, line: int) -> int:
+    """Indentation of the next line with code: an empty line belongs to what that line is in."""
+    for number in range(line + 1, min(document.num_lines, line + _MAX_LINES_UP)):
+        text = document.line_text(number)
+        if text.strip():
+            return len(text) - len(text.lstrip(" \t\f"))
+    return 0
 
 
 def _skip_decorators(document: Document, line: int) -> int:

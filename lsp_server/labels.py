@@ -45,9 +45,11 @@ class Labels:
         path = file.path
         if path is None:
             return
-        for summary in await self._records.do(lambda ledger: ledger.list_proposals(path=path, limit=_MOST_RECALLED)):
-            if summary.is_applied and summary.id not in file.watches:
-                self.watch(file, await self._records.get(summary.id))
+        summaries = await self._records.do(lambda ledger: ledger.list_proposals(path=path, limit=_MOST_RECALLED))
+        for summary in reversed(summaries):
+            entry = await self._records.get(summary.id)
+            if entry.standing.hunks and summary.id not in file.watches:  # it is, or was, in the file
+                self.watch(file, entry)
         self.did_change(file)  # it may have been taken out while nobody watched
         await self.recall_history(file)
 
@@ -63,17 +65,27 @@ class Labels:
 
     def watch(self, file: OpenFile, entry: Entry) -> None:
         """Watch a patch that is in a document's text from now on."""
+        file.watches.pop(entry.id, None)  # the latest stand last
         file.watches[entry.id] = Watch.of(entry, self._clock())
 
     def did_change(self, file: OpenFile) -> None:
-        """Notice the editor's own undo and redo."""
+        """Notice the editor's own undo and redo, of applies and of roll-backs.
+
+        Where several patches have the same result, only the latest is put in again.
+        """
         text = file.text
-        for watch in file.watches.values():
+        held = {watch.patched for watch in file.watches.values() if not watch.is_undone and not watch.turned(text)}
+        for watch in reversed(list(file.watches.values())):
             finding = watch.turned(text)
-            if finding is not None:
-                watch.is_undone = finding == "undone"
-                watch.applied_at = self._clock()
-                self._spawn(self._note_turned(file, watch))
+            if finding is None or (finding == "redone" and watch.patched in held):
+                continue
+            if finding == "redone":
+                held.add(watch.patched)
+            watch.is_undone = finding == "undone"
+            watch.applied_at = self._clock()
+            if watch.is_undone and file.applied is not None and file.applied[0] == watch.patch_id:
+                file.applied, file.rolled_back = None, file.applied  # until the ledger is asked
+            self._spawn(self._note_turned(file, watch))
 
     async def _note_turned(self, file: OpenFile, watch: Watch) -> None:
         """Tell the ledger where the patch is now; of several turns in a row the last one counts."""

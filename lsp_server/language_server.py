@@ -269,10 +269,15 @@ class PlanPatchServer(LanguageServer):
         self._editor_settings = cast("dict[str, object]", found)
         self._read_settings()
         after = self._session.settings
-        if any(getattr(before, name) != getattr(after, name) for name in MODEL_SETTINGS):
-            self._host.start(self._session)
-        elif before.adapter != after.adapter:
-            await self._use_adapter()
+        try:
+            if any(getattr(before, name) != getattr(after, name) for name in MODEL_SETTINGS):
+                self._session.model_ref()  # an unknown name is told, and what is loaded stays
+                self._host.start(self._session)
+            elif before.adapter != after.adapter:
+                await self._use_adapter()
+        except PlanPatchError as error:
+            source = after.source_of("model" if before.model != after.model else "adapter")
+            self.editor.show_message(f"PlanPatch: {source}: {said(error)}", Severity.ERROR)
 
     def will_save(self, params: types.WillSaveTextDocumentParams) -> None:
         """Remember why the next save happens."""
@@ -436,9 +441,15 @@ class PlanPatchServer(LanguageServer):
     async def _adapter(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         name = text_argument(argument, "name") or text_argument(argument, "adapter")
         if name is not None:
+            before = self._options.get("adapter")
             self._options["adapter"] = name
             self._read_settings()
-            await self._use_adapter()
+            try:
+                await self._use_adapter()
+            except PlanPatchError:
+                self._options["adapter"] = before
+                self._read_settings()
+                raise
         folder = self._session.adapter()
         return {"adapter": str(folder) if folder else None, "setting": self._session.settings.adapter}
 
@@ -475,6 +486,7 @@ class PlanPatchServer(LanguageServer):
         request = action_request(params, [self._as_json(one) for one in diagnostics])
         try:
             file.check()
+            bench.check_root(file.path)
         except PlanPatchError as error:
             if not request.is_automatic:
                 bench.tell_once(file.document.uri, said(error))
@@ -592,6 +604,8 @@ def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: s
         raise UsageError(f"{host} is not a loopback address", hint="Use 127.0.0.1: anyone could edit your files else.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
+    if os.name == "posix":  # a port that was just used is free at once; on Windows this would share one in use
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

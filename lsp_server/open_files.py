@@ -200,4 +200,5 @@ class OpenFiles:
         key = path_key(path)
         if key is None:
             return None
-        return next((file for file in self if file.path is not None and path_key(file.path) == key), None)
+        exact = next((file for file in self if file.path == path), None)  # a link and its target are two documents
+        return exact or next((file for file in self if file.path is not None and path_key(file.path) == key), None)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 # Variables with the prefix that are not settings: they say where things are, or belong to the tests.
 _NOT_SETTINGS = {"home", "config", "test_home", "long", "results"}
 _MAX_SUGGESTIONS = 3
+_MAX_TOML_BYTES = 1_000_000
 
 MODEL_NAMES = (
     "auto, a name of `planpatch models list`, organisation/name of a hub model, or a path such as ./model.gguf"
@@ -286,6 +287,12 @@ def _workspace_entries(workspace: Path | None, problems: list[SettingProblem]) -
 def _read_toml(path: Path, problems: list[SettingProblem], *, named_by: str = "") -> dict[str, object]:
     """The file's table; one that is missing is empty, and a problem if the user named it."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+            problems.append(SettingProblem(str(path), "the file cannot be read: it is no regular file."))
+            return {}
+        if path.is_file() and path.stat().st_size > _MAX_TOML_BYTES:
+            problems.append(SettingProblem(str(path), "the file is larger than 1 MB; nothing in it is used."))
+            return {}
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if named_by:

@@ -78,6 +78,7 @@ class Watch:
             whole_base=normalised(base.text),
             whole_patched=normalised(patched.text),
             applied_at=applied_at,
+            is_undone=not entry.standing.is_applied,
             is_settled=entry.label is not Label.UNREVIEWED
             or entry.state is State.DIVERGED
             or proposal.surface != "lsp",

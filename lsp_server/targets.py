@@ -140,14 +140,16 @@ def scope_at(source: Source, start: Position, end: Position) -> Scope:
         SourceError: Neither the file nor the function parses.
     """
     line, last_line = start.line, end.line - 1 if end.character == 0 and end.line > start.line else end.line
-    last_line = min(last_line, max(0, source.num_lines - 1))
-    if line >= max(1, source.num_lines + 1):
+    if line > source.num_lines:
         raise UnknownScopeError(f"Line {line + 1} is behind the end of {source.path}")
+    if line == source.num_lines:
+        return find_scope(source)  # the empty line behind the last one belongs to no function
+    last_line = min(last_line, source.num_lines - 1)
     while line < last_line and not source.lines[line].strip():
         line += 1
     while last_line > line and not source.lines[last_line].strip():
         last_line -= 1
-    scope = find_scope(source, None, min(line, max(0, source.num_lines - 1)) + 1)
+    scope = find_scope(source, None, line + 1)
     while scope.kind != "module" and not scope.contains(last_line + 1):
         outer = scope.qualname.rpartition(".")[0]
         try:

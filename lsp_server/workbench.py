@@ -11,13 +11,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from engine.errors import CancelledError, PlanPatchError, StaleTextError, UsageError
+from engine.errors import CancelledError, PathError, PlanPatchError, StaleTextError, UsageError
 from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.directives import directive_intent
@@ -57,6 +57,7 @@ Listen = Callable[[str, str], None]
 
 FROM_DOCUMENT = "document"  # as planId: what the plan document says now
 APPLY, SHOW_DIFF, REJECT = "Apply", "Show diff", "Reject"
+_MOST_QUESTIONS = 5  # a client that answers "Show diff" by itself is not asked for ever
 _SETTLE_S = 0.3  # quiet after a change before notes are drawn anew
 _MOST_PENDING = 8
 
@@ -108,6 +109,7 @@ class Workbench:
         self.editor = editor
         self.model = model
         self.settings_of = settings_of
+        self._paths = paths
         self.files = OpenFiles(editor.profile.encoding)
         self.records = Records(open_ledger)
         self.jobs = Jobs(self._job_changed, begin_after_s)
@@ -272,11 +274,31 @@ class Workbench:
             raise UsageError("The argument has no `uri`", hint="Give {uri, range} or {uri, position}.")
         file = self.files[uri]
         source, text = file.source(), file.document.text
+        self.check_root(file.path)
         if (name := text_argument(argument, "function")) is not None:
             scope = await asyncio.to_thread(find_scope, source, name)
         else:
             scope = await asyncio.to_thread(scope_at, source, *place_argument(argument))
         return Target(uri, text, source, scope)
+
+    def check_root(self, path: Path | None) -> None:
+        """Refuse a file outside of the folder that the user's setting `root` names, links resolved.
+
+        Args:
+            path: The file.
+
+        Raises:
+            PathError: It lies outside.
+        """
+        settings = self.settings_of(None)
+        if not settings.root or path is None:
+            return
+        root = self._paths.resolve(settings.root)
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise PathError(
+                f"{path} is outside of the root {root} ({settings.source_of('root')})",
+                hint="Correct the setting root, or edit a file below it.",
+            )
 
     async def _named_plan(self, target: Target, argument: Mapping[str, Any]) -> Plan | None:
         """The plan that was named; a plan document counts as it is saved now. None where it has no steps."""
@@ -387,7 +409,8 @@ class Workbench:
         Raises:
             UsageError: No such job.
         """
-        chosen = self.jobs.running()[:1] if job_id is None else [self.jobs.get(job_id)]
+        running = [job for job in self.jobs.running() if not job.is_cancelled.is_set()]
+        chosen = running[:1] if job_id is None else [self.jobs.get(job_id)]
         jobs = [job for job in chosen if job is not None]
         if len(jobs) < len(chosen):
             raise UsageError(f"There is no job {job_id!r}")
@@ -460,8 +483,9 @@ class Workbench:
             if error.exit_code == 1 and not isinstance(error, CancelledError):
                 self._note_refusal(target, intent, argument, error)
             raise
-        job.result |= {"patchId": patch.id, "patch": patch.to_json()}
-        self._spawn(self._offer(target, intent, patch, argument.get("hunks")))
+        warnings = await asyncio.to_thread(notices, patch.source, target.scope, patch.edits)
+        job.result |= {"patchId": patch.id, "patch": {**patch.to_json(), "warnings": warnings}}
+        self._spawn(self._offer(target, intent, patch, warnings, argument.get("hunks")))
 
     async def _generate(self, job: Job, target: Target, work: Callable[[Patcher, Listen], T]) -> T:
         """Wait for the turn and the model, generate under progress, and give the turn on."""
@@ -558,7 +582,7 @@ class Workbench:
         file.refused[target.function] = (target.text, offer)
         self._draw(file)
 
-    async def _offer(self, target: Target, intent: str, patch: Patch, hunks: object) -> None:
+    async def _offer(self, target: Target, intent: str, patch: Patch, warnings: Sequence[str], hunks: object) -> None:
         """Have the patch in the document, or ask, as the settings say."""
         file = self.files.get(target.uri)
         if file is None:
@@ -569,8 +593,10 @@ class Workbench:
         file.refused.pop(target.function, None)
         self._draw(file)
         self.tell_status()
-        for warning in await asyncio.to_thread(notices, patch.source, scope, patch.edits):
-            self.editor.show_message(f"PlanPatch: {warning}", Severity.WARNING)
+        asks = self.settings_of(file.path).apply == "ask" or patch.is_second_choice
+        if not asks or self.editor.profile.has_annotations:  # else they are in the question
+            for warning in warnings:
+                self.editor.show_message(f"PlanPatch: {warning}", Severity.WARNING)
         if file.document.text != target.text:
             self.editor.show_message(
                 f"PlanPatch: {target.title} has a patch, but the text changed while it was written: ask again",
@@ -581,14 +607,17 @@ class Workbench:
         elif self.editor.profile.has_annotations:
             await self.applier.apply(patch.id, hunks, confirm=True)
         else:
-            await self._ask(patch, target, hunks)
+            await self._ask(patch, target, warnings, hunks)
 
-    async def _ask(self, patch: Patch, target: Target, hunks: object) -> None:
+    async def _ask(self, patch: Patch, target: Target, warnings: Sequence[str], hunks: object) -> None:
         count = f"{len(patch.edits)} change{'' if len(patch.edits) == 1 else 's'}"
         doubt = " It is the model's second choice: look at it first." if patch.is_second_choice else ""
+        doubt += "".join(f" Mind: {warning}." for warning in warnings)
         question = f"PlanPatch has a patch for {target.title}: {count}.{doubt}"
         answer = SHOW_DIFF
-        while answer == SHOW_DIFF:
+        for _ in range(_MOST_QUESTIONS):
+            if answer != SHOW_DIFF:
+                break
             answer = await self.editor.ask(question, [APPLY, SHOW_DIFF, REJECT])
             if answer == APPLY:
                 await self.applier.apply(patch.id, hunks)

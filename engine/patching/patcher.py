@@ -25,7 +25,9 @@ from engine.errors import (
     ContextLengthError,
     GateError,
     RefusedError,
+    SourceError,
     StaleTextError,
+    UnknownScopeError,
     UsageError,
 )
 from engine.inference.protocol import (
@@ -561,7 +563,8 @@ class Patcher:
         edits, imports = _with_imports(job.view, job.view_scope, answer)
         report = run_gates(job.view, job.view_scope, edits, imports=imports, expected_sha256=job.view.sha256)
         if report.patched is not None and job.view is not job.source:
-            edits = diff_edits(job.source, report.patched.lines, (1, job.source.num_lines))
+            after = _cleaned(report.patched, job.view_scope)  # a neighbour's directive may have been copied
+            edits = diff_edits(job.source, after.lines, (1, job.source.num_lines))
             report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
         return _Attempt(request, completion, text, report, imports)
 
@@ -757,6 +760,15 @@ class Patcher:
             if event.text and listener is not None:
                 listener(stage, event.text)
         raise AssertionError("a stream ends with a Completion")
+
+
+def _cleaned(patched: Source, scope: Scope) -> Source:
+    """A patched text without directives in its scope; as it is where the scope is not found again."""
+    try:
+        found = find_scope(patched, None if scope.kind == "module" else scope.qualname)
+        return without_directives(patched, found)[0]
+    except (UnknownScopeError, SourceError):
+        return patched
 
 
 def check_hunks(source: Source, scope: Scope, edits: Sequence[Edit], imports: Sequence[str], patch_id: str) -> None:

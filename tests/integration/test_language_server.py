@@ -611,6 +611,59 @@ def test_a_hostile_workspace_runs_no_code_and_changes_no_protected_setting(
     assert not (tmp_path / "trapped").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_place_of_a_file_of_settings_stops_nobody(start: Callable[..., LspClient], workspace: Path) -> None:
+    os.mkfifo(workspace / "pyproject.toml")
+    client = start()
+    uri = opened(client, workspace)
+    assert client.titles(uri, 5) != []
+    assert any("it is no regular file" in message for message in client.messages())
+
+
+def test_a_file_outside_of_the_root_is_refused(
+    start: Callable[..., LspClient], workspace: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.py").symlink_to(workspace / "math_box.py")
+    client = start(settings={"root": str(root)})
+    uri = opened(client, workspace)
+    client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready")
+    for outside in (uri, (root / "link.py").as_uri()):
+        client.open(outside, TEXT)
+        assert client.titles(outside, 5) == []
+        with pytest.raises(LspError, match="is outside of the root"):
+            client.command("planpatch.patch", {"uri": outside, "position": {"line": 5, "character": 0}, "intent": "x"})
+    inside = (root / "inside.py").as_uri()
+    client.open(inside, TEXT)
+    assert client.titles(inside, 5) != []
+
+
+def test_a_link_and_its_target_are_two_documents(start: Callable[..., LspClient], workspace: Path) -> None:
+    (workspace / "link.py").symlink_to(workspace / "math_box.py")
+    client = start(settings={"apply": "direct"})
+    uri, link = opened(client, workspace), (workspace / "link.py").as_uri()
+    client.open(link, TEXT)
+    ask_for_patch(client, link)
+    client.wait_for(lambda: client.text(link) != TEXT)
+    assert client.text(uri) == TEXT
+
+
+def test_a_bad_adapter_or_model_is_told_and_not_kept(start: Callable[..., LspClient], workspace: Path) -> None:
+    client = start()
+    opened(client, workspace)
+    client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready")
+    with pytest.raises(LspError, match="/nope does not exist"):
+        client.command("planpatch.adapter", {"name": "/nope"})
+    assert client.command("planpatch.adapter") == {"adapter": None, "setting": "auto"}
+    client.settings = {"model": "nope"}
+    client.notify("workspace/didChangeConfiguration", {"settings": None})
+    client.wait_for(
+        lambda: any(text.startswith("PlanPatch: editor setting planpatch.model: ") for text in client.messages())
+    )
+    assert client.command("planpatch.status")["state"] == "ready"
+
+
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,14 @@ def test_the_model_does_not_see_the_directive_and_the_patch_removes_it() -> None
     assert [edit.action for edit in patch.edits] == ["replace"]
 
 
+def test_a_neighbours_directive_that_the_model_copies_goes_too_and_the_neighbour_keeps_it() -> None:
+    text = "def f():\n    # pp: two\n    return 1\n\n\ndef g():\n    # pp: two\n    return 1\n"
+    source = Source.from_text(text, "a.py")
+    engine = ScriptedEngine(["def f():\n    # pp: two\n    return 2\n"])
+    patch = Patcher(engine, None).patch(source, find_scope(source, "f"), "two", drop_directives=True)
+    assert patch.patched.text == "def f():\n    return 2\n\n\ndef g():\n    # pp: two\n    return 1\n"
+
+
 def test_an_answer_that_changes_nothing_but_the_directive_is_refused() -> None:
     from engine.errors import GateError
 

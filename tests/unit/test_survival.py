@@ -193,6 +193,43 @@ def test_an_explicit_verdict_is_stronger(tmp_path: Path) -> None:
     at_desk(tmp_path, story)
 
 
+def test_undo_of_a_roll_back_puts_the_patch_in_again_and_redo_knows_what_is_there(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        patch_id = await desk.patch()
+        await desk.bench.applier.turn("rollback", patch_id, None)
+        assert desk.buffer.text == TEXT
+        desk.type(PATCHED)
+        entry = await desk.entry(patch_id)
+        assert (entry.state.value, entry.standing.is_applied) == ("applied", True)
+        await desk.bench.applier.turn("rollback", patch_id, None)
+        assert desk.buffer.text == TEXT
+        desk.editor.on_apply = lambda edit: pytest.fail("nothing is to be sent")
+        desk.bench.did_close(desk.uri)
+        desk.buffer.change(PATCHED)
+        desk.editor.reopen(desk.uri)
+        await desk.rest()
+        assert (await desk.entry(patch_id)).standing.is_applied
+
+    at_desk(tmp_path, story)
+
+
+def test_another_patch_with_the_same_result_does_not_revive_one_that_was_undone(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        first = await desk.patch()
+        desk.type(TEXT)
+        assert (await desk.entry(first)).label.value == "rejected"
+        second = await desk.patch(intent="in other words")
+        assert desk.buffer.text == PATCHED
+        assert (await desk.entry(first)).label.value == "rejected"
+        await desk.bench.applier.turn("rollback", second, None)
+        desk.buffer.undo_once()
+        desk.editor.deliver(desk.uri)
+        entries = [await desk.entry(patch_id) for patch_id in (first, second)]
+        assert [entry.standing.is_applied for entry in entries] == [False, True]
+
+    at_desk(tmp_path, story)
+
+
 # --- applying ---------------------------------------------------------------------------------------------------------
 
 
