@@ -37,6 +37,7 @@ class Watch:
         whole_base: The file's text before, normalised.
         whole_patched: The file's text after, normalised.
         applied_at: Of the server's clock, in seconds.
+        has_diverged: Whether the text was never quite the patch's; then only the file's very text counts.
         is_undone: Whether the old text is back.
         is_settled: Whether keeping it says nothing more: it has its label, or is no patch of an editor.
     """
@@ -49,6 +50,7 @@ class Watch:
     whole_base: str
     whole_patched: str
     applied_at: float
+    has_diverged: bool = False
     is_undone: bool = False
     is_settled: bool = False
 
@@ -78,13 +80,14 @@ class Watch:
             whole_base=normalised(base.text),
             whole_patched=normalised(patched.text),
             applied_at=applied_at,
+            has_diverged=entry.state is State.DIVERGED,
             is_undone=not entry.standing.is_applied,
             is_settled=entry.label is not Label.UNREVIEWED
             or entry.state is State.DIVERGED
             or proposal.surface != "lsp",
         )
 
-    def turned(self, text: str) -> Finding | None:
+    def turned(self, text: str) -> Literal["undone", "redone"] | None:
         """Whether an editor's undo or redo took the patch out or put it in again; quick enough for every change.
 
         Args:
@@ -93,6 +96,9 @@ class Watch:
         Returns:
             `undone`, `redone` or None.
         """
+        if self.has_diverged:
+            expected, finding = (self.whole_patched, "redone") if self.is_undone else (self.whole_base, "undone")
+            return finding if text == expected else None
         if not self.is_undone:
             is_out = text == self.whole_base or (self.patched not in text and self.base in text)
             return "undone" if is_out else None

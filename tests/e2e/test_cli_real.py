@@ -171,7 +171,8 @@ def test_ctrl_c_while_the_model_writes_ends_it_and_leaves_everything_whole(
                 break
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
+    assert (process.returncode, out) == (130, "")
+    assert err.strip().splitlines()[-1] == "interrupted", err  # of what came before, reading ahead may leave some
     assert (workspace / "bits.py").read_bytes() == BITS
     assert planpatch("ledger", "list", "--json", cwd=workspace).json == []
     assert ledger_is_sound(home)
