@@ -172,7 +172,8 @@ def test_ctrl_c_while_the_model_writes_ends_it_and_leaves_everything_whole(
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
-    assert err.strip().splitlines()[-1] == "interrupted", err  # of what came before, reading ahead may leave some
+    # A signal between a write and the emptying of its buffer has Python write the line once more; nothing else may come.
+    assert err.strip() in ("interrupted", "plan: Mend the loop.\ninterrupted")
     assert (workspace / "bits.py").read_bytes() == BITS
     assert planpatch("ledger", "list", "--json", cwd=workspace).json == []
     assert ledger_is_sound(home)
