@@ -172,7 +172,7 @@ def test_ctrl_c_while_the_model_writes_ends_it_and_leaves_everything_whole(
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
-    # A signal between a write and the emptying of its buffer has Python write the line once more; nothing else may come.
+    # A signal between a write and the reset of its buffer may have Python write the line again; nothing else may come.
     assert err.strip() in ("interrupted", "plan: Mend the loop.\ninterrupted")
     assert (workspace / "bits.py").read_bytes() == BITS
     assert planpatch("ledger", "list", "--json", cwd=workspace).json == []
