@@ -26,6 +26,7 @@ returns: 1 refused, 2 usage, 3 environment.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 
@@ -46,6 +47,9 @@ class PlanPatchError(Exception):
         self.message = message
         self.hint = hint
         self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), hint=self.hint, **self.details), (self.message,)
 
     def to_json(self) -> dict[str, Any]:
         """The error as `{code, message, hint, details}` for programs."""

@@ -21,7 +21,8 @@ from engine.errors import GateError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Entry, State, source_of
-from engine.patching.patcher import check_hunks
+from engine.patching.parser_process import Call, in_this_process
+from engine.patching.proof import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 from lsp_server.editor import BufferEdit, Editor, EditorFault, Hunk, Severity
@@ -53,6 +54,7 @@ class Applier:
         plans: Folder for diffs and conflicts that are shown.
         on_change: Told when what a document offers has changed.
         spawn: Runs something on the event loop whose errors are shown.
+        call: Where patches are proved.
         check_s: How long after an edit the client's text is waited for.
     """
 
@@ -66,6 +68,7 @@ class Applier:
         on_change: Callable[[OpenFile], None],
         spawn: Callable[[object], None],
         *,
+        call: Call = in_this_process,
         check_s: float = CHECK_S,
     ) -> None:
         self._editor = editor
@@ -75,6 +78,7 @@ class Applier:
         self._plans = plans
         self._on_change = on_change
         self._spawn = spawn
+        self._call = call
         self._check_s = check_s
 
     # --- apply ------------------------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ class Applier:
             file.watches.pop(entry.id, None)
         if len(chosen) < len(entry.proposal.edits):
             edits = [entry.proposal.edits[index] for index in chosen]
-            await asyncio.to_thread(_check_subset, entry, _base(entry), edits)
+            await asyncio.to_thread(self._call, _check_subset, entry, _base(entry), edits)
 
     def _check_is_base(self, file: OpenFile, entry: Entry) -> Source:
         source = file.source()
@@ -176,7 +180,8 @@ class Applier:
     async def _prove_what_was_chosen(self, entry: Entry, base: Source, hunks: tuple[int, ...]) -> None:
         """The user left hunks out in the client's preview: what is left is another patch, and must pass every gate."""
         try:
-            await asyncio.to_thread(_check_subset, entry, base, [entry.proposal.edits[index] for index in hunks])
+            edits = [entry.proposal.edits[index] for index in hunks]
+            await asyncio.to_thread(self._call, _check_subset, entry, base, edits)
         except GateError as error:
             question = f"PlanPatch: {error.message}."
             if await self._editor.ask(question, [TAKE_BACK, KEEP]) == TAKE_BACK:

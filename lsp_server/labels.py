@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from engine.errors import PlanPatchError
 from engine.patching.ledger_records import UNDONE, Entry
+from engine.patching.parser_process import Call, in_this_process
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
@@ -23,6 +24,7 @@ class Labels:
         clock: Seconds that only grow.
         spawn: Runs something on the event loop whose errors are shown.
         tells_save_reason: Whether the client says before a save why it saves.
+        call: Where Python is read.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class Labels:
         spawn: Callable[[object], None],
         *,
         tells_save_reason: bool,
+        call: Call = in_this_process,
     ) -> None:
         self._files = files
         self._records = records
         self._clock = clock
         self._spawn = spawn
         self._tells_save_reason = tells_save_reason
+        self._call = call
 
     async def recall(self, file: OpenFile) -> None:
         """What the ledger knows of a file that was opened: patches to watch and to roll back."""
@@ -131,7 +135,7 @@ class Labels:
         except PlanPatchError:
             return  # it cannot be read now, and may be later
         for watch in due:
-            finding = await asyncio.to_thread(watch.judge, source)
+            finding = await asyncio.to_thread(self._call, watch.judge, source)
             if finding in ("kept", "changed"):
                 final = source.to_bytes() if finding == "changed" else None
                 why = f"{reason}, changed by the user" if finding == "changed" else reason

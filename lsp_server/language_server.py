@@ -28,6 +28,7 @@ from pygls.protocol import default_converter
 
 from engine.errors import PlanPatchError, UsageError
 from engine.inference.catalogue import resolve
+from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
@@ -78,6 +79,7 @@ class PlanPatchServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
+        self._parsers = ParserProcess()
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -140,6 +142,7 @@ class PlanPatchServer(LanguageServer):
             if self._bench is not None:
                 await self._bench.close()
             await asyncio.to_thread(self._host.close)
+            self._parsers.close()
             self._mark.remove()
 
     def end(self, code: int) -> None:
@@ -195,6 +198,7 @@ class PlanPatchServer(LanguageServer):
             lambda: self._session.ledger(),
             self._session.paths,
             self.settings_of,
+            call=self._parsers,
             begin_after_s=_BEGIN_AFTER_S,
         )
         self._spawn(self._end_with_engine())
@@ -213,6 +217,7 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        await asyncio.to_thread(self._parsers.start)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 

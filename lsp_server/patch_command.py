@@ -14,8 +14,9 @@ from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.edits import Edit
 from engine.patching.ledger import Applied, Ledger
 from engine.patching.notices import notices
-from engine.patching.patcher import Patch, Patcher, Plan, check_hunks
+from engine.patching.patcher import Patch, Patcher, Plan
 from engine.patching.prompts import Feedback
+from engine.patching.proof import check_hunks
 from engine.patching.scopes import Scope
 from engine.patching.source import Source
 from lsp_server import console

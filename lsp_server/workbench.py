@@ -24,6 +24,7 @@ from engine.patching.directives import directive_intent
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import State
 from engine.patching.notices import notices
+from engine.patching.parser_process import Call, in_this_process
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -89,6 +90,7 @@ class Workbench:
         open_ledger: Opens the ledger, at the first use.
         paths: Where state is kept.
         settings_of: The settings that hold for a file; None for those of no workspace.
+        call: Where Python is read and patches are proved.
         clock: Seconds that only grow; for tests.
         check_s: How long after an edit the client's text is waited for.
         begin_after_s: How long a job waits before it begins.
@@ -102,6 +104,7 @@ class Workbench:
         paths: Paths,
         settings_of: Callable[[Path | None], Settings],
         *,
+        call: Call = in_this_process,
         clock: Callable[[], float] = time.monotonic,
         check_s: float = CHECK_S,
         begin_after_s: float = 0.0,
@@ -110,15 +113,29 @@ class Workbench:
         self.model = model
         self.settings_of = settings_of
         self._paths = paths
+        self._call = call
         self.files = OpenFiles(editor.profile.encoding)
         self.records = Records(open_ledger)
         self.jobs = Jobs(self._job_changed, begin_after_s)
         self.plans = PlanDocuments(paths.plans)
         self.labels = Labels(
-            self.files, self.records, clock, self._spawn, tells_save_reason=editor.profile.tells_save_reason
+            self.files,
+            self.records,
+            clock,
+            self._spawn,
+            tells_save_reason=editor.profile.tells_save_reason,
+            call=call,
         )
         self.applier = Applier(
-            editor, self.files, self.records, self.labels, paths.plans, self._draw, self._spawn, check_s=check_s
+            editor,
+            self.files,
+            self.records,
+            self.labels,
+            paths.plans,
+            self._draw,
+            self._spawn,
+            call=call,
+            check_s=check_s,
         )
         self.has_failed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -276,9 +293,9 @@ class Workbench:
         source, text = file.source(), file.document.text
         self.check_root(file.path)
         if (name := text_argument(argument, "function")) is not None:
-            scope = await asyncio.to_thread(find_scope, source, name)
+            scope = await asyncio.to_thread(self._call, find_scope, source, name)
         else:
-            scope = await asyncio.to_thread(scope_at, source, *place_argument(argument))
+            scope = await asyncio.to_thread(self._call, scope_at, source, *place_argument(argument))
         return Target(uri, text, source, scope)
 
     def check_root(self, path: Path | None) -> None:
@@ -336,7 +353,7 @@ class Workbench:
 
         In this order: the command, a preset, a diagnostic, the plan, a directive in the code, the plan document.
         """
-        found = directive_intent(target.source, target.scope)
+        found = self._call(directive_intent, target.source, target.scope)
         if intent := (text_argument(argument, "intent") or "").strip():
             check_intent(intent)
             return intent, bool(found) and (plan is not None or intent == found)  # a retry says it again
@@ -483,7 +500,7 @@ class Workbench:
             if error.exit_code == 1 and not isinstance(error, CancelledError):
                 self._note_refusal(target, intent, argument, error)
             raise
-        warnings = await asyncio.to_thread(notices, patch.source, target.scope, patch.edits)
+        warnings = await asyncio.to_thread(self._call, notices, patch.source, target.scope, patch.edits)
         job.result |= {"patchId": patch.id, "patch": {**patch.to_json(), "warnings": warnings}}
         self._spawn(self._offer(target, intent, patch, warnings, argument.get("hunks")))
 
@@ -501,7 +518,7 @@ class Workbench:
                 options = patcher_options(settings, "lsp", on_gpu=engine.status().device != "cpu")
                 mine = CancellableEngine(engine, job.is_cancelled)
                 job.on_cancel = mine.cancel_all
-                patcher = Patcher(mine, await self.records.ledger(), options)
+                patcher = Patcher(mine, await self.records.ledger(), options, self._call)
                 job.is_generating = True
                 self.jobs.change(job, "running", "reading the code")
                 self.editor.report_progress(job.token, "reading the code")

@@ -25,9 +25,7 @@ from engine.errors import (
     ContextLengthError,
     GateError,
     RefusedError,
-    SourceError,
     StaleTextError,
-    UnknownScopeError,
     UsageError,
 )
 from engine.inference.protocol import (
@@ -44,15 +42,15 @@ from engine.inference.text_stop import StopText
 from engine.patching.context import Context, build_context
 from engine.patching.directives import without_directives
 from engine.patching.divergence import Fork, likeliest_forks
-from engine.patching.edits import Edit, apply_edits, diff_edits, edits_from_json, resolve_anchors, unified_diff
-from engine.patching.formats import FORMATS, Answer, EditFormat, FormatName, strip_thinking
-from engine.patching.gates import GateReport, Verdict, run_gates
+from engine.patching.edits import Edit, apply_edits, unified_diff
+from engine.patching.formats import FORMATS, EditFormat, FormatName, strip_thinking
+from engine.patching.gates import GateReport, Verdict
 from engine.patching.ledger import Ledger, request_key
 from engine.patching.ledger_records import Entry, PlanRecord, Proposal, Surface
-from engine.patching.names import import_edit, suggest_imports
-from engine.patching.notices import no_longer_returning
+from engine.patching.parser_process import Call, in_this_process
 from engine.patching.prompts import PROMPT_VERSION, Feedback, Task, plan_messages, repair_turns
-from engine.patching.scopes import Scope, find_scope, standalone_text
+from engine.patching.proof import Proof, Question, prove
+from engine.patching.scopes import Scope, find_scope
 from engine.patching.source import Source
 
 Stage = Literal["plan", "patch", "repair"]
@@ -298,9 +296,12 @@ class _Attempt:
     request: GenerationRequest
     completion: Completion
     text: str
-    report: GateReport
-    imports: tuple[str, ...] = ()
+    proof: Proof
     notes: tuple[str, ...] = ()
+
+    @property
+    def report(self) -> GateReport:
+        return self.proof.report
 
 
 @dataclass(slots=True)
@@ -344,12 +345,20 @@ class Patcher:
         engine: The model.
         ledger: Where proposals are kept; None keeps none (then ids are empty).
         options: Budgets and formats.
+        call: Where Python is read and patches are proved; a `ParserProcess` where this process has others to serve.
     """
 
-    def __init__(self, engine: Engine, ledger: Ledger | None, options: PatcherOptions | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger | None,
+        options: PatcherOptions | None = None,
+        call: Call = in_this_process,
+    ) -> None:
         self.engine = engine
         self.ledger = ledger
         self.options = options or PatcherOptions()
+        self._call = call
 
     # --- plan -----------------------------------------------------------------------------------------------------
 
@@ -481,7 +490,7 @@ class Patcher:
         drop_directives: bool,
     ) -> _Job:
         check_intent(intent)
-        view, view_scope = without_directives(source, scope) if drop_directives else (source, scope)
+        view, view_scope = self._call(without_directives, source, scope) if drop_directives else (source, scope)
         task = Task(self._fitting_context(view, view_scope), intent, self.options.style, feedback)
         plan_text = plan.text if plan else ""
         edit_format = FORMATS[self._format_name(scope)]
@@ -559,14 +568,8 @@ class Patcher:
 
     def _judged(self, job: _Job, request: GenerationRequest, completion: Completion, text: str) -> _Attempt:
         job.num_attempts += 1
-        answer = job.edit_format.read(text, job.view, job.view_scope)
-        edits, imports = _with_imports(job.view, job.view_scope, answer)
-        report = run_gates(job.view, job.view_scope, edits, imports=imports, expected_sha256=job.view.sha256)
-        if report.patched is not None and job.view is not job.source:
-            after = _cleaned(report.patched, job.view_scope)  # a neighbour's directive may have been copied
-            edits = diff_edits(job.source, after.lines, (1, job.source.num_lines))
-            report = run_gates(job.source, job.scope, edits, imports=imports, expected_sha256=job.source.sha256)
-        return _Attempt(request, completion, text, report, imports)
+        question = Question(job.source, job.scope, job.view, job.view_scope, job.edit_format.name)
+        return _Attempt(request, completion, text, self._call(prove, question, text))
 
     def _second_choice(self, job: _Job, unchanged: _Attempt, listener: Listener | None) -> _Attempt | None:
         """On from the likeliest second choices of an answer, until one gives a patch; None if none does.
@@ -588,7 +591,7 @@ class Patcher:
             if (left_s := deadline_s - job.timings.generation_s) <= 0:
                 break
             attempt = self._follow(job, unchanged, fork, left_s, listener)
-            if attempt is not None and attempt.report.ok and not _loses_its_value(job, attempt):
+            if attempt is not None and attempt.report.ok and not attempt.proof.loses_its_value:
                 found = found or replace(attempt, notes=(_SECOND_CHOICE,))
                 if attempt.report.changes_program:
                     return replace(attempt, notes=(_SECOND_CHOICE,))
@@ -644,9 +647,9 @@ class Patcher:
             patched=report.patched,
             scope=job.scope,
             edits=report.edits,
-            imports=attempt.imports,
+            imports=attempt.proof.imports,
             report=report,
-            diff=unified_diff(job.source, report.patched),
+            diff=attempt.proof.diff,
             timings=replace(job.timings, total_s=time.monotonic() - job.started_at),
             num_attempts=job.num_attempts,
             gates=[verdict.to_json() for verdict in report.verdicts],
@@ -739,7 +742,7 @@ class Patcher:
         named = replace(source, path=source.path.replace("\\", "/").rpartition("/")[2])
         max_chars = self.options.surroundings_chars
         while True:
-            context = build_context(named, scope, max_chars=max_chars)
+            context = self._call(build_context, named, scope, max_chars=max_chars)
             around = context.imports + context.class_header + context.signatures + context.before + context.after
             if max_chars == 0 or len(self.engine.tokenizer.encode(around)) <= self.options.context_tokens:
                 return context
@@ -762,50 +765,6 @@ class Patcher:
         raise AssertionError("a stream ends with a Completion")
 
 
-def _cleaned(patched: Source, scope: Scope) -> Source:
-    """A patched text without directives in its scope; as it is where the scope is not found again."""
-    try:
-        found = find_scope(patched, None if scope.kind == "module" else scope.qualname)
-        return without_directives(patched, found)[0]
-    except (UnknownScopeError, SourceError):
-        return patched
-
-
-def check_hunks(source: Source, scope: Scope, edits: Sequence[Edit], imports: Sequence[str], patch_id: str) -> None:
-    """A part of a patch is another patch: every gate must pass it too.
-
-    Args:
-        source: The text that the patch was made for.
-        scope: What it changes.
-        edits: Some of its edits.
-        imports: Imports that it declares.
-        patch_id: Names it in the error.
-
-    Raises:
-        GateError: A gate refused these edits alone.
-    """
-    report = run_gates(source, scope, edits, imports=imports, expected_sha256=source.sha256)
-    if report.refused is not None:
-        raise GateError(
-            f"These hunks alone were refused by the gate `{report.refused.gate}`: {report.refused.reason}",
-            hint="Choose others, or the whole patch.",
-            gate=report.refused.gate,
-            gates=[verdict.to_json() for verdict in report.verdicts],
-            patch_id=patch_id,
-        )
-
-
-def _loses_its_value(job: _Job, attempt: _Attempt) -> bool:
-    after = attempt.report.patched
-    assert after is not None
-    texts = [source.plain_text() for source in (job.source, after)]
-    if not job.scope.parses:  # the scope alone was judged, and is what parses
-        end_line = job.scope.end_line + after.num_lines - job.source.num_lines
-        ends = (job.source, job.scope.end_line), (after, end_line)
-        texts = [standalone_text(one.lines[job.scope.start_line - 1 : end], job.scope.indent) for one, end in ends]
-    return bool(no_longer_returning(*texts))
-
-
 @contextmanager
 def _named(scope: Scope) -> Generator[None]:
     """A request that does not fit names the function."""
@@ -823,30 +782,6 @@ def _refusal(refused: Verdict, gates: list[dict[str, Any]]) -> GateError:
         gate=refused.gate,
         gates=gates,
     )
-
-
-def _with_imports(source: Source, scope: Scope, answer: Answer) -> tuple[Sequence[Any], tuple[str, ...]]:
-    """The answer's edits and one more that declares the imports it wrote or forgot; unchanged if it is not valid."""
-    edits = _tentative(source, scope, answer)
-    if edits is None:
-        return answer.edits, ()
-    imports = list(answer.imports)
-    patched = apply_edits(source, edits)
-    imports += [text for text in suggest_imports(source, scope, patched) if text not in imports]
-    edit = import_edit(source, imports)
-    return ([edit, *edits], tuple(imports)) if edit else (answer.edits, ())
-
-
-def _tentative(source: Source, scope: Scope, answer: Answer) -> list[Edit] | None:
-    """The edits where they would go; None if a gate will refuse them anyway."""
-    try:
-        edits = [edit if isinstance(edit, Edit) else None for edit in answer.edits]
-        known = [edit for edit in edits if edit is not None]
-        if len(known) < len(edits):
-            known = edits_from_json(list(answer.edits))
-        return resolve_anchors(source, scope, known)[0]
-    except ValueError:
-        return None
 
 
 def _check_ended(completion: Completion, what: str, *, is_plan: bool) -> None:
