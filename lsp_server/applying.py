@@ -25,6 +25,7 @@ from engine.patching.parser_process import Call, in_this_process
 from engine.patching.proof import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
+from lsp_server.code_actions import short
 from lsp_server.editor import BufferEdit, Editor, EditorFault, Hunk, Severity
 from lsp_server.labels import Labels
 from lsp_server.open_files import OpenFile, OpenFiles, Search
@@ -115,7 +116,7 @@ class Applier:
             if confirm:
                 targets |= _subset_targets(entry, chosen)
             edits = [entry.proposal.edits[index] for index in chosen]
-            label = f"PlanPatch: {entry.proposal.intent or entry.proposal.scope}"
+            label = f"PlanPatch: {short(entry.proposal.intent) or entry.proposal.scope}"
             outcome, found = await self._edit(file, _buffer_edit(file, source, edits, label, confirm=confirm), targets)
             applied = await self._record(file, entry, outcome, found or chosen, confirm=confirm)
             if outcome == "applied" and len(found) < len(chosen):
@@ -286,7 +287,8 @@ class Applier:
         edits = await self._records.do(lambda ledger: find(ledger, entry.id, source))
         if file.source().to_bytes() != source.to_bytes():
             raise StaleTextError(f"{source.path} changed just now", hint="Try again.")
-        label = f"PlanPatch: {'roll back' if turn == 'rollback' else 'redo'}: {entry.proposal.intent or entry.id}"
+        turned = "roll back" if turn == "rollback" else "redo"
+        label = f"PlanPatch: {turned}: {short(entry.proposal.intent) or entry.id}"
         target = replaced(source.text, replacements(source, edits))
         edit = _buffer_edit(file, source, edits, label, confirm=False)
         outcome, _ = await self._edit(file, edit, {normalised(target): ()})

@@ -174,8 +174,10 @@ def demo(
 @app.command()
 def lsp(
     tcp: Annotated[bool, typer.Option("--tcp", help="Serve one client on a loopback port instead of stdio.")] = False,
-    host: Annotated[str, typer.Option(help="With --tcp: a loopback address.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="With --tcp: the port; 0 takes a free one.", min=0, max=65535)] = 0,
+    host: Annotated[str | None, typer.Option(help="With --tcp: a loopback address; else 127.0.0.1.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="With --tcp: the port; without it, or with 0, a free one.", min=0, max=65535)
+    ] = None,
     stdio: Annotated[bool, typer.Option("--stdio", help="Serve on stdin and stdout (the default).")] = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
@@ -187,8 +189,10 @@ def lsp(
 
     if tcp and stdio:
         raise UsageError("--tcp and --stdio exclude each other")
+    if not tcp and (host is not None or port is not None):
+        raise UsageError("--host and --port need --tcp", hint="Give --tcp, or leave them out to serve on stdio.")
     options = {"model": model, "adapter": adapter, "device": device, "quantization": quantization}
-    code = serve_tcp(os.environ, options, host, port) if tcp else serve_stdio(os.environ, options)
+    code = serve_tcp(os.environ, options, host or "127.0.0.1", port or 0) if tcp else serve_stdio(os.environ, options)
     raise typer.Exit(code)
 
 

@@ -73,7 +73,7 @@ class ActionState:
         jobs: Title of each running job by its id.
         pending: Patches that were made for the document's very text.
         refused: Refusals that were made for it.
-        applied: The last patch that is in the file, and what it was for; None for none.
+        applied: The last patch that is in the file, and what it was for, as the menu says it; None for none.
         rolled_back: The same of the last one that was rolled back.
         plans: Title of the plan document of each function by its name; "" is the whole file.
     """
@@ -196,7 +196,7 @@ def _writing_actions(name: str, where: Mapping[str, Any], state: ActionState) ->
     later = " (the model is still loading)" if state.is_loading else ""
     found = [Action(f"PlanPatch: plan a change to {what}{later}", PLAN_KIND, "planpatch.plan", where)]
     if (plan := state.plans.get(name)) is not None:
-        title = f"PlanPatch: patch from plan: {_short(plan) or what}{later}"
+        title = f"PlanPatch: patch from plan: {short(plan) or what}{later}"
         found.append(Action(title, PLAN_KIND, "planpatch.patch", {**where, "planId": "document"}))
     found += [
         Action(
@@ -211,7 +211,7 @@ def _writing_actions(name: str, where: Mapping[str, Any], state: ActionState) ->
 def _pending_actions(pending: Sequence[Offer]) -> list[Action]:
     found: list[Action] = []
     for offer in pending:
-        what = _short(offer.intent) or offer.function
+        what = short(offer.intent) or offer.function
         argument = {"patchId": offer.patch_id}
         found.append(Action(f"PlanPatch: Apply: {what}", PATCH_KIND, "planpatch.apply", argument))
         found.append(Action(f"PlanPatch: Reject: {what}", PATCH_KIND, "planpatch.reject", argument))
@@ -220,7 +220,7 @@ def _pending_actions(pending: Sequence[Offer]) -> list[Action]:
 
 def _retries(refused: Sequence[Offer]) -> list[Action]:
     return [
-        Action(f"PlanPatch: retry with this error: {_short(offer.reason)}", FIX_KIND, "planpatch.patch", offer.argument)
+        Action(f"PlanPatch: retry with this error: {short(offer.reason)}", FIX_KIND, "planpatch.patch", offer.argument)
         for offer in refused
     ]
 
@@ -229,7 +229,7 @@ def _fixes(request: Request, foreign: Sequence[int], where: Mapping[str, Any]) -
     found: list[Action] = []
     for index in foreign:
         diagnostic = request.diagnostics[index]
-        message = _short(str(diagnostic.get("message", "")))
+        message = short(str(diagnostic.get("message", "")))
         if message:
             argument = {"uri": where["uri"], "range": diagnostic.get("range"), "diagnostic": diagnostic}
             found.append(Action(f"PlanPatch: fix: {message}", FIX_KIND, "planpatch.patch", argument, (index,)))
@@ -239,12 +239,12 @@ def _fixes(request: Request, foreign: Sequence[int], where: Mapping[str, Any]) -
 def _history_actions(uri: str, state: ActionState) -> list[Action]:
     found: list[Action] = []
     if state.applied is not None:
-        patch_id, intent = state.applied
-        title = f"PlanPatch: roll back: {_short(intent) or patch_id}"
+        patch_id, what = state.applied
+        title = f"PlanPatch: roll back: {what or patch_id}"
         found.append(Action(title, PATCH_KIND, "planpatch.rollback", {"uri": uri, "patchId": patch_id}))
     if state.rolled_back is not None:
-        patch_id, intent = state.rolled_back
-        title = f"PlanPatch: redo: {_short(intent) or patch_id}"
+        patch_id, what = state.rolled_back
+        title = f"PlanPatch: redo: {what or patch_id}"
         found.append(Action(title, PATCH_KIND, "planpatch.redo", {"uri": uri, "patchId": patch_id}))
     return found
 
@@ -258,7 +258,8 @@ def _touches(offer: Offer, start_line: int, end_line: int) -> bool:
     return offer.start_line <= end_line and start_line <= offer.end_line
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text in one line of at most 60 characters, as titles and notes show it."""
     words = " ".join(text.split())
     return words if len(words) <= _MAX_MESSAGE else words[: _MAX_MESSAGE - 1].rstrip() + "…"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from engine.errors import PlanPatchError
 from engine.patching.ledger_records import UNDONE, Entry
 from engine.patching.parser_process import Call, in_this_process
+from lsp_server.code_actions import short
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
@@ -64,8 +65,8 @@ class Labels:
             return
         applied = await self._records.do(lambda ledger: ledger.last_applied(path))
         rolled_back = await self._records.do(lambda ledger: ledger.last_rolled_back(path))
-        file.applied = None if applied is None else (applied.id, applied.proposal.intent)
-        file.rolled_back = None if rolled_back is None else (rolled_back.id, rolled_back.proposal.intent)
+        file.applied = None if applied is None else (applied.id, _what_for(applied))
+        file.rolled_back = None if rolled_back is None else (rolled_back.id, _what_for(rolled_back))
 
     def watch(self, file: OpenFile, entry: Entry) -> None:
         """Watch a patch that is in a document's text from now on."""
@@ -98,10 +99,9 @@ class Labels:
                 return  # it was rolled back or redone by command meanwhile, which told the ledger
             entry = await self._records.get(watch.patch_id)
             is_undone = watch.is_undone
-            if entry.standing.is_applied is not is_undone:
-                return  # so it says already: told by an earlier turn, or by the command line
-            kind, reason = ("rolled_back", UNDONE) if is_undone else ("redone", "redone in the editor")
-            await self._records.do(lambda ledger: ledger.record(watch.patch_id, kind, reason=reason))
+            if entry.standing.is_applied is is_undone:  # else it says so already: an earlier turn, or another process
+                kind, reason = ("rolled_back", UNDONE) if is_undone else ("redone", "redone in the editor")
+                await self._records.do(lambda ledger: ledger.record(watch.patch_id, kind, reason=reason))
             await self.recall_history(file)
 
     def will_save(self, file: OpenFile, *, is_manual: bool) -> None:
@@ -145,3 +145,9 @@ class Labels:
                     )
                 )
             watch.is_settled = finding != "undone"
+
+
+def _what_for(entry: Entry) -> str:
+    """What a patch was for and where, as the menu says it."""
+    intent, scope = short(entry.proposal.intent), entry.proposal.scope
+    return f"{intent or entry.id} in `{scope}`" if scope else intent

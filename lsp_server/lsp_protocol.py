@@ -56,6 +56,9 @@ class Protocol(LanguageServerProtocol):
         if is_request and self._is_new() and raw["method"] != types.INITIALIZE:
             self._answer_error(message_id, _NOT_INITIALIZED, "initialize comes first")
             return
+        if is_request and not self._is_new() and raw["method"] == types.INITIALIZE:
+            self._answer_error(message_id, _INVALID_REQUEST, "initialize comes once")
+            return
         if is_request and self._shutdown:
             self._answer_error(message_id, _INVALID_REQUEST, "the server is shutting down")
             return

@@ -61,7 +61,7 @@ class OpenFile:
         refused: The last refusal of each function, with the text that it was for.
         watches: Applied patches whose fate is watched, by id.
         late: Diverged patches whose text may still come: the text and its hunks, by id.
-        applied: The last applied patch and its intent, for the menu.
+        applied: The last applied patch and what it was for, as the menu says it.
         rolled_back: The last one that was rolled back, likewise.
         lock: Held while an edit of ours is on its way.
         changed: Set at each change of the text.

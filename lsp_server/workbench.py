@@ -29,7 +29,7 @@ from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 from lsp_server.applying import CHECK_S, Applier
-from lsp_server.code_actions import ActionState, Offer, function_at
+from lsp_server.code_actions import ActionState, Offer, function_at, short
 from lsp_server.documents import Document, Position
 from lsp_server.edit_jobs import Job, JobKind, Jobs, TokenReports, unexpected
 from lsp_server.editor import Editor, Note, Severity
@@ -232,7 +232,7 @@ class Workbench:
         if self.files.get(document.uri) is not file:
             return
         notes = [
-            _note(document, offer, f"PlanPatch: a patch waits ({offer.intent}): apply or reject it", "patch")
+            _note(document, offer, f"PlanPatch: a patch waits ({short(offer.intent)}): apply or reject it", "patch")
             for offer in (pending.offer for pending in file.offered())
         ]
         notes += [_note(document, offer, f"PlanPatch: {offer.reason}", offer.gate) for offer in file.refusals()]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from engine.patching.scopes import Scope, find_scope, module_scope, standalone_text
 from engine.patching.source import Source
 
-_DIRECTIVE = re.compile(r"#\s*pp:(?P<intent>.*)", re.DOTALL)
+_DIRECTIVE = re.compile(r"#\s*pp:(?P<intent>.*)", re.DOTALL | re.IGNORECASE)
 
 
 def directive_intent(source: Source, scope: Scope) -> str:

@@ -82,12 +82,12 @@ def test_a_patch_is_asked_for_applied_and_rolled_back_after_a_restart(
     client.wait_for(lambda: client.text(uri) == TEXT.replace("a - b", "a + b"))
     (edit,) = client.seen("workspace/applyEdit")
     assert edit["edit"]["documentChanges"][0]["textDocument"] == {"uri": uri, "version": 1}
-    client.wait_for(lambda: "PlanPatch: roll back: add them" in client.titles(uri, 5))
+    client.wait_for(lambda: "PlanPatch: roll back: add them in `add`" in client.titles(uri, 5))
     assert client.stop() == 0
 
     client = start()
     uri = opened(client, workspace, TEXT.replace("a - b", "a + b"))
-    client.wait_for(lambda: "PlanPatch: roll back: add them" in client.titles(uri, 0))
+    client.wait_for(lambda: "PlanPatch: roll back: add them in `add`" in client.titles(uri, 0))
     rolled = client.job(client.command("planpatch.rollback", {"uri": uri}))
     assert (rolled["state"], rolled["patchState"]) == ("done", "rolled_back")
     assert client.text(uri) == TEXT
@@ -309,7 +309,7 @@ def test_undo_is_a_reject_and_redo_takes_that_back(start: Callable[..., LspClien
     client = start(settings={"apply": "direct"})
     uri = opened(client, workspace)
     job = ask_for_patch(client, uri)
-    client.wait_for(lambda: "PlanPatch: roll back: add them" in client.titles(uri, 5))
+    client.wait_for(lambda: "PlanPatch: roll back: add them in `add`" in client.titles(uri, 5))
     patched = client.text(uri)
 
     def entry() -> Any:
@@ -431,6 +431,7 @@ def test_every_request_gets_an_answer(start: Callable[..., LspClient], workspace
     early = client.request_raw("textDocument/codeAction", {"textDocument": {"uri": "file:///a.py"}})
     assert early["error"]["code"] == -32002
     client.initialize(workspace)
+    assert client.request_raw("initialize", {"processId": None, "capabilities": {}})["error"]["code"] == -32600
     assert client.request_raw("textDocument/codeAction", {"nonsense": 1})["error"]["code"] == -32602
     assert client.request_raw("no/such/method", {})["error"]["code"] == -32601
     for command, arguments, said in [
@@ -582,6 +583,12 @@ def test_another_address_than_loopback_is_refused(start: Callable[..., LspClient
     client = start("--tcp", "--host", "0.0.0.0")
     assert client.process.wait(30) == 2
     client.wait_for(lambda: "0.0.0.0 is not a loopback address" in client.errors())
+
+
+def test_a_port_without_tcp_is_refused(start: Callable[..., LspClient]) -> None:
+    client = start("--port", "7000")
+    assert client.process.wait(30) == 2
+    client.wait_for(lambda: "--host and --port need --tcp" in client.errors())
 
 
 # --- hostile workspaces ----------------------------------------------------------------------------------------------

@@ -27,6 +27,11 @@ def test_directives_of_a_function_are_its_intent() -> None:
     assert (view_scope.qualname, view_scope.start_line, view_scope.end_line) == ("A.f", 2, 5)
 
 
+def test_a_directive_may_be_written_in_capitals() -> None:
+    source = Source.from_text("def f():\n    # PP: return two\n    return 1\n", "a.py")
+    assert directive_intent(source, find_scope(source, "f")) == "return two"
+
+
 def test_other_functions_keep_theirs() -> None:
     source = Source.from_text("def f():\n    return 1  # pp: a\n\n\ndef g():\n    return 2  # pp: b", "a.py")
     scope = find_scope(source, "g")
