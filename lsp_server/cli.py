@@ -196,6 +196,33 @@ def lsp(
     raise typer.Exit(code)
 
 
+@app.command()
+def serve(
+    port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one. 8765 if nothing is set.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address; another than loopback needs a token.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that paths in requests must lie in.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the status page in the browser.")] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve HTTP alone: PLAN and PATCH, and the APIs of Ollama and OpenAI."""
+    from lsp_server.serve_command import serve as run
+
+    options: dict[str, object] = {
+        "port": port,
+        "host": host,
+        "root": None if root is None else str(root.absolute()),
+        "model": model,
+        "adapter": adapter,
+        "device": device,
+        "quantization": quantization,
+    }
+    run(open_session(options, None, as_json), open_page=open_page, as_json=as_json)
+
+
 def _intent(session: Any, intent: str | None, preset: str | None) -> str:
     if intent and preset:
         raise UsageError("--intent and --preset cannot both be given")

@@ -20,8 +20,9 @@ from functools import partial
 from importlib.metadata import version
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+import attrs
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
@@ -94,6 +95,17 @@ class PlanPatchServer(LanguageServer):
         """Have cattrs make its converters now: it does so at the first message of a kind, which is `initialize`."""
         message = {"jsonrpc": "2.0", "id": 0, "method": types.INITIALIZE}
         self.protocol.structure_message({**message, "params": {"processId": None, "capabilities": {}}})
+        for kind in _classes_in(types.ClientCapabilities):
+            self.protocol._converter.get_structure_hook(kind)  # pyright: ignore[reportPrivateUsage]
+        folders = types.WorkspaceOptions(types.WorkspaceFoldersServerCapabilities())
+        capabilities = types.ServerCapabilities(
+            text_document_sync=types.TextDocumentSyncOptions(save=types.SaveOptions()),
+            code_action_provider=types.CodeActionOptions(),
+            execute_command_provider=types.ExecuteCommandOptions([]),
+            workspace=folders,
+        )
+        self._as_json(types.ResponseError(0, ""))
+        self._as_json(types.InitializeResult(capabilities, types.ServerInfo("")))
 
     @property
     def bench_or_none(self) -> Workbench | None:
@@ -179,7 +191,7 @@ class PlanPatchServer(LanguageServer):
 
     def initialize(self, params: types.InitializeParams) -> None:
         """Learn what the client can do and where it works."""
-        capabilities = self._as_json(params.capabilities)
+        capabilities = cast(Protocol, self.protocol).client_capabilities_json or self._as_json(params.capabilities)
         options = params.initialization_options
         options = cast("dict[str, Any]", options) if isinstance(options, dict) else {}
         found: Any = self.protocol.workspace.position_encoding  # a name, or pygls' enumeration of them
@@ -547,6 +559,19 @@ def _patch_id(argument: Mapping[str, Any]) -> str:
 def _reason(argument: Mapping[str, Any]) -> str:
     found = argument.get("feedback", argument)
     return str(cast("Mapping[str, Any]", found).get("reason") or "") if isinstance(found, Mapping) else ""
+
+
+def _classes_in(kind: type) -> list[type]:
+    """An attrs class and those that its fields are made of."""
+    found: dict[type, None] = {}
+    waiting: list[Any] = [kind]
+    while waiting:
+        one = waiting.pop()
+        if attrs.has(one) and one not in found:
+            found[one] = None
+            waiting += [field.type for field in attrs.fields(attrs.resolve_types(one))]
+        waiting += get_args(one)
+    return list(found)
 
 
 def _is_alive(process_id: int) -> bool:

@@ -34,6 +34,7 @@ log = logging.getLogger("planpatch.lsp")
 class Protocol(LanguageServerProtocol):
     """pygls' protocol with documents of our own, commands of one argument, and an answer to every request."""
 
+    client_capabilities_json: dict[str, Any] | None = None  # as they came
     _server: PlanPatchServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def receive(self, body: bytes) -> None:
@@ -59,6 +60,8 @@ class Protocol(LanguageServerProtocol):
         if is_request and not self._is_new() and raw["method"] == types.INITIALIZE:
             self._answer_error(message_id, _INVALID_REQUEST, "initialize comes once")
             return
+        if raw.get("method") == types.INITIALIZE and isinstance(raw.get("params"), dict):
+            self.client_capabilities_json = raw["params"].get("capabilities")
         if is_request and self._shutdown:
             self._answer_error(message_id, _INVALID_REQUEST, "the server is shutting down")
             return

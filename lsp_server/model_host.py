@@ -20,7 +20,7 @@ from typing import Any, Literal
 from engine.errors import CancelledError, EngineError, ModelError, PlanPatchError
 from engine.inference.engine import InProcessEngine
 from engine.inference.protocol import Engine
-from engine.inference.store import Progress
+from engine.inference.store import LocalModel, Progress
 from engine.patching.disk import write_atomically
 from lsp_server.paths import make_private_folder
 from lsp_server.session import Session
@@ -57,6 +57,7 @@ class ModelHost:
         self._changed = threading.Condition()
         self._status = HostStatus()
         self._engine: InProcessEngine | None = None
+        self._local: LocalModel | None = None
         self._generation = 0
 
     @property
@@ -68,6 +69,11 @@ class ModelHost:
     def engine_or_none(self) -> Engine | None:
         """The engine, if it is ready."""
         return self._engine if self._status.state == "ready" else None
+
+    @property
+    def local_or_none(self) -> LocalModel | None:
+        """The files of the model that is ready."""
+        return self._local if self._status.state == "ready" else None
 
     def start(self, session: Session, *, pull: bool = False) -> None:
         """Load the model that the settings name, instead of what is loaded now.
@@ -152,7 +158,7 @@ class ModelHost:
         with self._changed:
             is_current = generation == self._generation
             if is_current:
-                self._engine = engine
+                self._engine, self._local = engine, local
         if is_current:
             self._tell(generation, HostStatus("ready", local.name))
         else:

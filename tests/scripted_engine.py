@@ -44,7 +44,9 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_id for token_id in token_ids if token_id != END_OF_TURN).decode("utf-8", "replace")
 
-    def encode_chat(self, messages: Sequence[Message], *, prefill: str = "") -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, prefill: str = "", tools: Sequence[str] = (), thinking: bool = False
+    ) -> list[int]:
         turns = "".join(f"<{message.role}>{message.content}\n" for message in messages)
         return self.encode(f"{turns}<assistant>{prefill}")
 

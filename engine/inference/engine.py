@@ -84,6 +84,7 @@ class _Sequence:
     sampler: Sampler | None = None
     matcher: GrammarMatcher | None = None
     top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    hidden_sum: torch.Tensor | None = None  # of an embed request: [hidden_size], fp32
     num_computed: int = 0
     num_cached_tokens: int = 0
     queue_s: float = 0.0
@@ -436,7 +437,8 @@ class InProcessEngine:
         sequence.sampler = Sampler(request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device)
         if request.params.grammar is not None:
             sequence.matcher = self._compiler().compile(request.params.grammar)
-        sequence.kv_cache = self._prefix_cache.take(sequence.adapter_digest, sequence.token_ids)
+        if not request.embed:  # an embedding needs every hidden state
+            sequence.kv_cache = self._prefix_cache.take(sequence.adapter_digest, sequence.token_ids)
         if sequence.kv_cache is None:
             sequence.kv_cache = new_kv_cache(loaded.model.config)
         sequence.num_computed = sequence.num_cached_tokens = sequence.kv_cache.get_seq_length()
@@ -464,11 +466,22 @@ class InProcessEngine:
         assert self._loaded is not None
         end = min(len(sequence.token_ids), sequence.num_computed + self._chunk_tokens)
         chunk = torch.tensor([sequence.token_ids[sequence.num_computed : end]], device=self._loaded.device)
+        if sequence.request.embed:
+            return self._embed_chunk(sequence, chunk, end)
         output = self._loaded.model(
             input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True, logits_to_keep=1
         )
         sequence.num_computed = end
         return output.logits[0, -1] if end == len(sequence.token_ids) else None
+
+    def _embed_chunk(self, sequence: _Sequence, chunk: torch.Tensor, end: int) -> None:
+        """Add up the last hidden states of a chunk."""
+        assert self._loaded is not None
+        body = self._loaded.model.base_model
+        output = body(input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True)
+        hidden = output.last_hidden_state[0].float().sum(0)
+        sequence.hidden_sum = hidden if sequence.hidden_sum is None else sequence.hidden_sum + hidden
+        sequence.num_computed = end
 
     def _run_batch(self, sequences: list[_Sequence]) -> list[torch.Tensor | None]:
         """Compute the last token of several sequences in one step."""
@@ -513,13 +526,15 @@ class InProcessEngine:
             if params.top_logprobs:
                 sequence.top_logprobs.append(choice.top_logprobs)
             text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
-            sequence.events.put(Token((token_id,), text))
+            sequence.events.put(Token((token_id,), text, choice.logprob, choice.top_logprobs))
             if sequence.matcher is not None:
                 sequence.matcher.advance(token_id)
             if sequence.stop_text.is_stopped or (sequence.matcher is not None and sequence.matcher.is_complete):
                 return FinishReason.STOP
             if sequence.num_generated >= params.max_new_tokens:
                 return FinishReason.LENGTH
+        if sequence.request.embed and sequence.num_computed == sequence.num_prompt_tokens:
+            return FinishReason.STOP
         if params.max_time_s is not None and sequence.prefill_s + sequence.decode_s >= params.max_time_s:
             return FinishReason.TIME
         return None
@@ -532,7 +547,8 @@ class InProcessEngine:
         rest = sequence.stop_text.push(sequence.detokenizer.flush()) + sequence.stop_text.flush()
         if rest:
             sequence.events.put(Token((), rest))
-        if isinstance(sequence.kv_cache, KVCache):
+        hidden = sequence.hidden_sum
+        if isinstance(sequence.kv_cache, KVCache) and not sequence.request.embed:
             sequence.kv_cache.truncate(min(sequence.num_computed, sequence.kv_cache.num_tokens))
             self._prefix_cache.put(sequence.adapter_digest, sequence.token_ids, sequence.kv_cache)
         self._forget(sequence)
@@ -548,6 +564,7 @@ class InProcessEngine:
                 decode_s=sequence.decode_s,
                 adapter=sequence.adapter_digest,
                 top_logprobs=tuple(sequence.top_logprobs),
+                embedding=() if hidden is None else tuple((hidden / sequence.num_computed).tolist()),
             )
         )
 

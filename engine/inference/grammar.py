@@ -83,6 +83,23 @@ class GrammarMatcher:
         return self._matcher.compute_ff_tokens()
 
 
+def grammar_fault(grammar: Grammar) -> str:
+    """What keeps a grammar from being used, found without a tokenizer.
+
+    Args:
+        grammar: The grammar.
+
+    Returns:
+        The fault in llguidance's words; empty if there is none.
+    """
+    try:
+        return llguidance.LLMatcher.validate_grammar(_llguidance_grammar(grammar)).partition("\n")[0]
+    except UsageError as error:
+        return error.message
+    except ValueError as fault:
+        return str(fault)
+
+
 def _llguidance_grammar(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(grammar.text)

@@ -85,20 +85,14 @@ class GenerationRequest:
         params: How to generate.
         priority: Interactive before background.
         adapter: Adapter folder, `__none__` for the base model, or None for the engine's current one.
+        embed: Generate nothing; the completion carries the mean of the prompt's last hidden states instead.
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     priority: Priority = Priority.INTERACTIVE
     adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """Newly generated tokens and the text they add (empty while a character or stop string is incomplete)."""
-
-    token_ids: tuple[int, ...]
-    text: str
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +101,23 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Newly generated tokens and the text they add (empty while a character or stop string is incomplete).
+
+    Args:
+        token_ids: The ids; none where only held back text comes out.
+        text: The text.
+        logprob: Log-probability of the one token, if `top_logprobs` was asked for.
+        top_logprobs: The likeliest tokens at its place, if they were asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +135,7 @@ class Completion:
         decode_s: Seconds of decode.
         adapter: Digest of the adapter used, `__none__` for the base.
         top_logprobs: For each of `token_ids` the likeliest tokens there, as many as were asked for, likeliest first.
+        embedding: For an `embed` request, `hidden_size` numbers.
     """
 
     token_ids: tuple[int, ...]
@@ -136,6 +148,7 @@ class Completion:
     decode_s: float
     adapter: str = "__none__"
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 Event = Token | Completion
@@ -175,11 +188,20 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat; `content` is data and cannot form template tokens."""
+class ToolCall:
+    """A call that the model asked for; `arguments` is a JSON object as text."""
 
-    role: Literal["system", "user", "assistant"]
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat; everything in it is data and cannot form template tokens."""
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class ChatTokenizer(Protocol):
@@ -195,7 +217,9 @@ class ChatTokenizer(Protocol):
         """Text of `token_ids`, special tokens left out."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message], *, prefill: str = "") -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, prefill: str = "", tools: Sequence[str] = (), thinking: bool = False
+    ) -> list[int]:
         """Prompt of a chat, ending where the assistant's answer starts (after `prefill`, its given beginning)."""
         ...
 

@@ -11,9 +11,10 @@ from engine.inference.protocol import SamplingParams, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The next token, and the likeliest tokens at its place if they were asked for."""
+    """The next token; its log-probability and the likeliest tokens at its place if they were asked for."""
 
     token_id: int
+    logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -56,14 +57,15 @@ class Sampler:
         token_id = int(logits.argmax()) if self._generator is None else self._sample(logits.cpu(), self._generator)
         if self._seen is not None:
             self._seen[token_id] = True
-        return Choice(token_id, self._top_logprobs(logits))
+        return self._with_logprobs(token_id, logits)
 
-    def _top_logprobs(self, logits: torch.Tensor) -> tuple[TokenLogprob, ...]:
+    def _with_logprobs(self, token_id: int, logits: torch.Tensor) -> Choice:
         if not self._params.top_logprobs:
-            return ()
-        top = logits.log_softmax(-1).topk(min(self._params.top_logprobs, logits.shape[-1]))
+            return Choice(token_id)
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(min(self._params.top_logprobs, logits.shape[-1]))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return tuple(TokenLogprob(token_id, logprob) for token_id, logprob in pairs)
+        return Choice(token_id, float(logprobs[token_id]), tuple(TokenLogprob(*pair) for pair in pairs))
 
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
         """Keskar et al. 2019 (CTRL), section 4.1, in transformers' form: seen logits shrink towards minus infinity."""

@@ -10,7 +10,10 @@ every text that contains no special token, with two exceptions made on purpose:
   it was generated (Qwen3's empty think block stays in later turns);
 - Unicode normalisation (NFC) is left out: code must come back as it went in.
 
-Not covered: tools, images, WordPiece and Unigram tokenizers with a lossy decoder, templates that need Python code.
+Definitions of tools and calls of them go through the template itself; there a character of what would be a special
+token is written as its JSON escape.
+
+Not covered: images, WordPiece and Unigram tokenizers with a lossy decoder, templates that need Python code.
 """
 
 from __future__ import annotations
@@ -40,6 +43,13 @@ from engine.inference.protocol import Message
 _SPACE = "\u205f"
 _NEWLINES = "\n" * 8
 _TEXT_END_TOKENS = ("<|endoftext|>",)  # ends a document in several model families; never part of a chat answer
+# Fill in the middle: the tokens before the prefix, before the suffix and before the answer, by model family.
+_FIM_TOKENS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+)
+_FIM_ENDS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<fim_pad>", "<file_sep>")
 _OTHER_MODEL = "Use another instruct or chat model: planpatch models list"
 _CONTINUATION = "continuation"
 _START = "start"
@@ -94,7 +104,7 @@ class HFChatTokenizer:
         self._byte_level = _is_byte_level(spec, folder)
         self._vocabulary = self._encoders[_START]
         self._bytes_of: dict[int, bytes] = {token.id: token.content.encode() for token in self._added}
-        self._template = _ChatTemplate(folder, self._config)
+        self._template = _ChatTemplate(folder, self._config, self._added_pattern)
         self.eos_token_ids = self._find_eos_token_ids()
 
     def encode(self, text: str) -> list[int]:
@@ -134,12 +144,77 @@ class HFChatTokenizer:
         """Id of an added token such as `<|im_end|>`; None if the tokenizer has no such token."""
         return self._added_ids.get(token)
 
-    def encode_chat(self, messages: Sequence[Message], *, prefill: str = "") -> list[int]:
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._template.source is not None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template takes definitions of tools."""
+        return re.search(r"\btools\b", self._template.source or "") is not None
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the chat template can switch thinking on and off."""
+        return "enable_thinking" in (self._template.source or "")
+
+    @property
+    def has_fim(self) -> bool:
+        """Whether the model can fill in the middle."""
+        return self._fim_token_ids() is not None
+
+    @property
+    def fim_end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a middle besides the model's own."""
+        return tuple(self._added_ids[token] for token in _FIM_ENDS if token in self._added_ids)
+
+    def _fim_token_ids(self) -> list[int] | None:
+        for tokens in _FIM_TOKENS:
+            if all(token in self._added_ids for token in tokens):
+                return [self._added_ids[token] for token in tokens]
+        return None
+
+    def encode_fim(self, before: str, after: str) -> list[int]:
+        """Prompt that asks for what stands between two texts (Bavarian et al. 2022, prefix-suffix-middle).
+
+        Args:
+            before: The text before the gap, as data.
+            after: The text behind it, as data.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ModelError: The model cannot fill in the middle.
+        """
+        found = self._fim_token_ids()
+        if found is None:
+            raise ModelError(f"The model in {self.folder} cannot fill in the middle", hint=_OTHER_MODEL)
+        prefix, suffix, middle = found
+        return [prefix, *self._encode_data(before, _SECTION), suffix, *self._encode_data(after, _SECTION), middle]
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of a whole prompt that somebody else templated: special tokens in it are special.
+
+        Args:
+            text: The prompt.
+
+        Returns:
+            Token ids.
+        """
+        return self._encode_run([_Part(text)], _START)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, prefill: str = "", tools: Sequence[str] = (), thinking: bool = False
+    ) -> list[int]:
         """Prompt of a chat, ending where the assistant's answer starts (after `prefill`, its given beginning).
 
         Args:
             messages: The turns, oldest first.
             prefill: First words of the answer, as data.
+            tools: Tools that the model may call: JSON objects in OpenAI's form, as text.
+            thinking: Let a model think that can.
 
         Returns:
             Token ids. `encode_chat(messages)` is a prefix of `encode_chat(messages, prefill=...)` and of the prompt of
@@ -149,7 +224,7 @@ class HFChatTokenizer:
             ModelError: The model has no chat template, or the template refuses these messages.
         """
         token_ids: list[int] = []
-        for is_start, run in self._runs(self._template.render(messages)):
+        for is_start, run in self._runs(self._template.render(messages, tools, thinking)):
             token_ids += self._encode_run(run, _START if is_start else _SECTION)
         return token_ids + self.encode(prefill)
 
@@ -300,6 +375,15 @@ class _Marked:
         self.message = message
         self.name = f"Mark {secrets.token_hex(16)}\n<'\"&\\>"  # whatever rewrites text rewrites some of this
 
+    def for_template(self) -> dict[str, Any]:
+        """The message as the template is given it."""
+        calls = [
+            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            for call in self.message.tool_calls
+        ]
+        shown = {"role": self.message.role, "content": self.stand_in}
+        return {**shown, "tool_calls": calls} if calls else shown
+
     @property
     def stand_in(self) -> str:
         return f"{_NEWLINES}{_SPACE}{self.name}{_SPACE}{_NEWLINES}" if self.message.content else ""
@@ -325,24 +409,25 @@ class _Marked:
 class _ChatTemplate:
     """The model's chat template, rendered so that messages can be told from template text."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], added_pattern: re.Pattern[str] | None) -> None:
         self._folder = folder
-        source = _template_source(folder, config)
+        self.source = source = _template_source(folder, config)
         special_tokens = {**_read_json(folder / "special_tokens_map.json", missing_ok=True), **config}
         self._variables = {
             name: _token_text(value) for name, value in special_tokens.items() if name.endswith("_token")
         }
         try:
-            self._compiled = None if source is None else _environment().from_string(source)
+            self._compiled = None if source is None else _environment(added_pattern).from_string(source)
         except TemplateError as error:
             raise ModelError(f"The chat template in {folder} cannot be read: {error}", hint=_OTHER_MODEL) from error
 
-    def render(self, messages: Sequence[Message]) -> list[_Part]:
+    def render(self, messages: Sequence[Message], tools: Sequence[str] = (), thinking: bool = False) -> list[_Part]:
         """The whole prompt in parts, generation prompt last."""
-        marked, text = self._render_merging_system([_Marked(message) for message in messages])
+        options = {"tools": [json.loads(tool) for tool in tools] or None, "enable_thinking": thinking}
+        marked, text = self._render_merging_system([_Marked(message) for message in messages], options)
         for index, mark in reversed(list(enumerate(marked))):
             if mark.message.role == "assistant" and mark.message.content:
-                text = self._restore_generation_prompt(text, marked, index)
+                text = self._restore_generation_prompt(text, marked, index, options)
         return self._split(text, marked)
 
     def end_of_answer(self, added_pattern: re.Pattern[str] | None) -> str:
@@ -350,22 +435,24 @@ class _ChatTemplate:
         if self._compiled is None or added_pattern is None:
             return ""
         marked = [_Marked(Message("user", "?")), _Marked(Message("assistant", "!"))]
-        after = self._render(marked, add_generation_prompt=False).partition(marked[1].name)[2]
+        after = self._render(marked, {}, add_generation_prompt=False).partition(marked[1].name)[2]
         found = added_pattern.match(after.lstrip())
         return "" if found is None else found.group().strip()
 
-    def _render_merging_system(self, marked: list[_Marked]) -> tuple[list[_Marked], str]:
+    def _render_merging_system(self, marked: list[_Marked], options: dict[str, Any]) -> tuple[list[_Marked], str]:
         """Render; where the template refuses a system message, put its text before the first user message."""
         try:
-            return marked, self._render(marked)
+            return marked, self._render(marked, options)
         except ModelError:
             if [mark.message.role for mark in marked[:2]] != ["system", "user"]:
                 raise
             merged = "\n\n".join(mark.message.content for mark in marked[:2])
             marked = [_Marked(Message("user", merged)), *marked[2:]]
-            return marked, self._render(marked)
+            return marked, self._render(marked, options)
 
-    def _restore_generation_prompt(self, text: str, marked: Sequence[_Marked], index: int) -> str:
+    def _restore_generation_prompt(
+        self, text: str, marked: Sequence[_Marked], index: int, options: dict[str, Any]
+    ) -> str:
         """Let an earlier answer follow the same generation prompt as when it was generated.
 
         Some templates leave part of it out of later turns (Qwen3: the empty think block), which would make the KV
@@ -374,7 +461,7 @@ class _ChatTemplate:
         mark = marked[index]
         before, found, _ = text.partition(mark.name)
         head = mark.content(before, "")[0]
-        prompt = self._render(marked[:index])
+        prompt = self._render(marked[:index], options)
         return prompt + text[len(head) :] if found and prompt.startswith(head) else text
 
     def _split(self, text: str, marked: Sequence[_Marked]) -> list[_Part]:
@@ -395,17 +482,16 @@ class _ChatTemplate:
             )
         return parts
 
-    def _render(self, marked: Sequence[_Marked], *, add_generation_prompt: bool = True) -> str:
+    def _render(self, marked: Sequence[_Marked], options: dict[str, Any], *, add_generation_prompt: bool = True) -> str:
         if self._compiled is None:
             raise ModelError(f"The model in {self._folder} has no chat template", hint=_OTHER_MODEL)
         try:
             return self._compiled.render(
-                messages=[{"role": mark.message.role, "content": mark.stand_in} for mark in marked],
+                messages=[mark.for_template() for mark in marked],
                 add_generation_prompt=add_generation_prompt,
-                enable_thinking=False,
-                tools=None,
                 documents=None,
                 **self._variables,
+                **{"enable_thinking": False, "tools": None, **options},
             )
         except TemplateError as error:
             raise ModelError(
@@ -424,17 +510,28 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(added_pattern: re.Pattern[str] | None) -> ImmutableSandboxedEnvironment:
+    def as_json(value: Any, indent: int | None = None, **_: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        return text if added_pattern is None else added_pattern.sub(_first_escaped, text)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _first_escaped(match: re.Match[str]) -> str:
+    """A special token in a JSON string as the same string that is no special token."""
+    token = match.group()
+    place = len(token) - len(token.lstrip())
+    return f"{token[:place]}\\u{ord(token[place]):04x}{token[place + 1 :]}"
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:

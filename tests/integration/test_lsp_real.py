@@ -5,6 +5,7 @@ PLANPATCH_LSP_DEVICE=cuda runs it on a GPU.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -176,9 +177,12 @@ def test_menus_open_while_the_model_writes_and_the_user_types(
         while len(quiet) < 3 or len(times) < 1000:
             quiet.append(rate_of_decode(client, uri, None))
             loaded.append(rate_of_decode(client, uri, times))
+        quiet.append(rate_of_decode(client, uri, None))
     times.sort()
     p99_ms = 1000 * times[int(0.99 * len(times))]
-    share = statistics.median(loaded) / statistics.median(quiet)
+    # Each loaded patch is compared with the quiet ones beside it: machines become faster and slower within a minute.
+    beside = [(before + after) / 2 for before, after in itertools.pairwise(quiet)]
+    share = statistics.median(under / alone for under, alone in zip(loaded, beside, strict=True))
     record_figure(
         "code actions asked for during generation, 2,000 lines, 20 a second beside 20 changes a second", len(times), ""
     )
@@ -186,9 +190,8 @@ def test_menus_open_while_the_model_writes_and_the_user_types(
     record_figure("code action p99", round(p99_ms, 1), "ms")
     record_figure("code action, slowest", round(1000 * times[-1], 1), "ms")
     record_figure("decode, quiet", round(statistics.median(quiet), 2), f"tokens/s (median of {len(quiet)})")
-    record_figure(
-        "decode, under that load", round(statistics.median(loaded), 2), f"tokens/s ({100 * share:.0f}% of quiet)"
-    )
+    unit = f"tokens/s ({100 * share:.0f}% of the quiet ones beside)"
+    record_figure("decode, under that load", round(statistics.median(loaded), 2), unit)
     assert len(times) >= 1000
     assert p99_ms <= (20 if LSP_DEVICE == "cuda" else 50)
     if LSP_DEVICE == "cuda":

@@ -1,0 +1,382 @@
+"""PLAN and PATCH over HTTP, and what belongs to them: health, roll back, feedback, the ledger.
+
+Not covered: applying a patch. A client writes `patched` where it wants it, or applies it with the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import PathError, SourceError, StaleTextError, UnknownScopeError, UsageError
+from engine.inference.cancellable import CancellableEngine
+from engine.inference.protocol import Engine
+from engine.patching.ledger import Ledger
+from engine.patching.ledger_records import PlanRecord
+from engine.patching.patcher import Patcher, Plan, check_intent
+from engine.patching.prompts import Feedback
+from engine.patching.scopes import Scope, find_scope, list_scopes
+from engine.patching.source import MAX_SOURCE_BYTES, Source
+from lsp_server.http.bodies import Body, Whole, checked, read, read_json
+from lsp_server.http.errors import HttpError
+from lsp_server.http.generation import Call, unless_gone
+from lsp_server.http.ollama import service_of
+from lsp_server.http.responses import Json
+from lsp_server.http.service import Service
+from lsp_server.session import patcher_options
+
+T = TypeVar("T")
+
+router = APIRouter()
+
+_CALLED = re.compile(r"`?([A-Za-z_][\w.]*)`?\s*\(")
+_WORD = re.compile(r"[A-Za-z_][\w.]*")
+_MOST_FILES = 2000
+_MOST_NAMED = 10
+
+
+class PlanBody(Body):
+    """Of `/plan`."""
+
+    intent: str
+    code_paste: str | None = None
+    paths: list[str] = Field(default_factory=list[str])
+    function: str | None = None
+
+
+class PlanReference(Body):
+    """A plan as `/plan` gave it; the client may have edited its steps."""
+
+    id: str
+    steps: list[str] | None = None
+
+
+class FeedbackBody(Body):
+    """What was wrong with an earlier patch."""
+
+    hint: str = ""
+    reason: str = ""
+
+
+class PatchBody(Body):
+    """Of `/patch_smart`."""
+
+    plan: PlanReference
+    feedback: FeedbackBody | None = None
+    code_paste: str | None = None
+    fresh: bool = False
+
+
+class PatchIdBody(Body):
+    """Of `/rollback`."""
+
+    patch_id: str
+
+
+class VerdictBody(Body):
+    """Of `/feedback`."""
+
+    patch_id: str
+    accepted: bool
+    reason: str = ""
+
+
+class LedgerQuery(Body):
+    """Of `/ledger`."""
+
+    limit: Whole = Field(default=50, ge=1, le=1000)
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """What the server holds and does."""
+    service = service_of(request)
+    host, engine, settings = service.host.status, service.host.engine_or_none, service.settings
+    status = engine.status() if engine is not None else None
+    generations = service.generations
+    return Json(
+        {
+            "status": "ok" if status is not None else host.state,
+            "message": host.message,
+            "model_loaded": status is not None,
+            "model": status.model if status is not None else host.model,
+            "quantization": status.quantization if status is not None else settings.quantization,
+            "use_4bit": (status.quantization if status is not None else settings.quantization) == "nf4",
+            "adapter_path": status.adapter if status is not None else None,
+            "adapter_version": status.adapter_digest if status is not None else "__none__",
+            "clean_response": settings.clean_response,
+            "stop_think_default": False,
+            "device": status.device if status is not None else settings.device,
+            "memory_bytes": status.memory_bytes if status is not None else 0,
+            "context_length": status.context_length if status is not None else 0,
+            "queue": {
+                "running": status.num_running if status is not None else 0,
+                "waiting": (status.num_waiting if status is not None else 0) + generations.num_waiting,
+                "limit": generations.max_running + generations.max_waiting,
+            },
+            "version": service.version,
+        }
+    )
+
+
+# --- plan and patch --------------------------------------------------------------------------------------------------
+
+
+@router.post("/plan")
+async def plan(request: Request) -> Response:
+    """Say in a few words what would be changed."""
+    service = service_of(request)
+    body = await read(request, PlanBody)
+    if not body.intent.strip():
+        raise HttpError(400, "intent: say what is to be changed", param="intent")
+    check_intent(body.intent)
+    service.ready_engine()
+    source, scope = await asyncio.to_thread(_find, service, body)
+
+    def work(patcher: Patcher) -> Plan:
+        return patcher.plan(source, scope, body.intent)
+
+    async with service.generations.call("/plan") as call:
+        made = await unless_gone(request, _generate(service, work, call))
+    return Json({"plan": made.to_json(), "timings": made.timings.to_json()})
+
+
+@router.post("/patch_smart")
+async def patch_smart(request: Request) -> Response:
+    """Write the patch of a plan and prove it."""
+    service = service_of(request)
+    body = checked(await read_json(request), PatchBody)
+    engine = service.ready_engine()
+    record = await _planned(service, body.plan.id)
+    source, scope = await asyncio.to_thread(_as_planned, service, record, body.code_paste)
+    steps = tuple(record.steps if body.plan.steps is None else body.plan.steps)
+    planned = Plan(record.id, source.path, scope, source.sha256, record.intent, steps)
+    feedback = Feedback(body.feedback.reason, body.feedback.hint) if body.feedback is not None else None
+    del engine
+
+    def work(patcher: Patcher) -> dict[str, Any]:
+        made = patcher.patch(source, scope, record.intent, plan=planned, feedback=feedback, fresh=body.fresh)
+        return made.to_json()
+
+    async with service.generations.call("/patch_smart") as call:
+        return Json(await unless_gone(request, _generate(service, work, call)))
+
+
+async def _generate(service: Service, work: Callable[[Patcher], T], call: Call) -> T:
+    """Run a patcher on a thread; it is stopped when this is cancelled."""
+    engine: Engine = service.ready_engine()
+    is_cancelled = threading.Event()
+    mine = CancellableEngine(engine, is_cancelled)
+    options = patcher_options(service.settings, "http", on_gpu=engine.status().device != "cpu")
+    patcher = Patcher(mine, await service.records.ledger(), options, service.parsers)
+
+    async def run() -> T:
+        running = asyncio.ensure_future(asyncio.to_thread(work, patcher))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            mine.cancel_all()
+            await asyncio.wait({running})
+            raise
+
+    return await service.generations.on_slot(run, call)
+
+
+async def _planned(service: Service, plan_id: str) -> PlanRecord:
+    try:
+        return await service.records.do(lambda ledger: ledger.get_plan(plan_id))
+    except UsageError as error:
+        raise HttpError(404, error.message, code="unknown_plan", hint="Plan again.", plan_id=plan_id) from None
+
+
+def _as_planned(service: Service, record: PlanRecord, code_paste: str | None) -> tuple[Source, Scope]:
+    """The source of a plan as it is now; edits elsewhere in a file do no harm.
+
+    Raises:
+        StaleTextError: The function is another now.
+    """
+    then = Source.from_bytes(record.base, "" if record.path is None else record.path.as_posix())
+    if code_paste is not None:
+        now = Source.from_text(code_paste, then.path)
+    elif record.path is None:
+        now = then
+    else:
+        now = _read_file(_inside(service, str(record.path)))
+    name = record.scope or None
+    scope = service.parsers(find_scope, now, name, record.start_line if name else None)
+    planned = then.text_between(record.start_line, record.end_line)
+    if now.text_between(scope.start_line, scope.end_line) != planned:
+        raise StaleTextError(
+            f"{record.scope or 'the code'} changed since the plan was made", hint="Plan again.", plan_id=record.id
+        )
+    return now, scope
+
+
+# --- what is meant ---------------------------------------------------------------------------------------------------
+
+
+def _find(service: Service, body: PlanBody) -> tuple[Source, Scope]:
+    """The source and the scope that a request is about."""
+    if body.code_paste is not None:
+        source = Source.from_text(body.code_paste, "")
+        return source, _scope_in(service, source, body)
+    if not body.paths:
+        raise HttpError(400, "there is no code: give code_paste, or paths of files inside the root", param="code_paste")
+    files = list(_files(service, body.paths))
+    if len(files) == 1:
+        source = _read_file(files[0])
+        return source, _scope_in(service, source, body)
+    return _search(service, files, body)
+
+
+def _scope_in(service: Service, source: Source, body: PlanBody) -> Scope:
+    """The function that is named, that the intent names, or the only one; else the whole text."""
+    if body.function:
+        return service.parsers(find_scope, source, body.function)
+    scopes = service.parsers(list_scopes, source)
+    for name in _names_in(body.intent):
+        if name in {scope.qualname for scope in scopes} | {scope.name for scope in scopes}:
+            try:
+                return service.parsers(find_scope, source, name)
+            except UnknownScopeError:
+                continue  # several of that name
+    outer = [scope for scope in scopes if "." not in scope.qualname]
+    if len(outer) == 1:
+        return outer[0]
+    return service.parsers(find_scope, source)
+
+
+def _names_in(intent: str) -> list[str]:
+    """Words of an intent that may name a function, those written as calls first."""
+    return list(dict.fromkeys([*_CALLED.findall(intent), *_WORD.findall(intent)]))
+
+
+def _search(service: Service, files: list[Path], body: PlanBody) -> tuple[Source, Scope]:
+    """The one function of a name in several files."""
+    names = [body.function] if body.function else _names_in(body.intent)
+    for name in names:
+        found: list[tuple[Source, Scope]] = []
+        for file in files:
+            if name.rpartition(".")[2].encode() not in file.read_bytes():
+                continue
+            try:
+                source = _read_file(file)
+                found.append((source, service.parsers(find_scope, source, name)))
+            except (UnknownScopeError, SourceError):
+                continue
+        if len(found) == 1:
+            return found[0]
+        if found:
+            places = ", ".join(f"{source.path}:{scope.def_line}" for source, scope in found[:_MOST_NAMED])
+            raise HttpError(400, f"several functions are called {name}: {places}", hint="Give one file in paths.")
+    raise HttpError(400, "no function of these files is named", hint="Give function, or one file in paths.")
+
+
+def _files(service: Service, paths: list[str]) -> Iterator[Path]:
+    count = 0
+    for text in paths:
+        path = _inside(service, text)
+        candidates = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in candidates:
+            if path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
+            count += 1
+            if count > _MOST_FILES:
+                raise HttpError(
+                    413, f"the paths hold more than {_MOST_FILES:,} files", code="too_large", limit=_MOST_FILES
+                )
+            yield _inside(service, str(file))
+
+
+def _inside(service: Service, text: str) -> Path:
+    """A path inside the root, links resolved.
+
+    Raises:
+        PathError: There is no root, or the path is outside of it or missing.
+    """
+    if service.root is None:
+        raise PathError("paths are read below a root only, and none is set", hint="Start with --root FOLDER.")
+    root = service.root.resolve()
+    if "\0" in text:
+        raise PathError("a path holds a NUL character")
+    try:
+        path = (root / text).resolve()
+    except (OSError, RuntimeError) as fault:
+        raise PathError(f"{text!r} is no path: {fault}") from None
+    if not path.is_relative_to(root):
+        raise PathError(f"{text!r} is outside of the root")
+    if not path.exists():
+        raise HttpError(404, f"{text!r} does not exist", code="path")
+    return path
+
+
+def _read_file(file: Path) -> Source:
+    try:
+        if not file.is_file():
+            raise PathError(f"{file.name} is no regular file")
+        if file.stat().st_size > MAX_SOURCE_BYTES:
+            raise HttpError(
+                413, f"{file.name} is larger than {MAX_SOURCE_BYTES:,} bytes", code="too_large", limit=MAX_SOURCE_BYTES
+            )
+        return Source.from_bytes(file.read_bytes(), file.as_posix())
+    except OSError as fault:
+        raise PathError(f"{file.name} cannot be read: {fault.strerror or fault}") from None
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+
+
+@router.post("/rollback")
+async def rollback(request: Request) -> Response:
+    """Take an applied patch back: through the editor where it has the file open, else on disk."""
+    service = service_of(request)
+    service.check_token(request)
+    body = await read(request, PatchIdBody)
+    await _entry(service, body.patch_id)
+    if service.turn is not None:
+        done = await service.turn("rollback", body.patch_id)
+        return Json({**done, "patch_id": body.patch_id}, 200 if done.get("ok") else 409)
+    await service.records.do(lambda ledger: Ledger.rollback(ledger, body.patch_id))
+    return Json({"ok": True, "patch_id": body.patch_id, "state": "rolled_back"})
+
+
+@router.post("/feedback")
+async def feedback(request: Request) -> Response:
+    """Record what the user says of a patch."""
+    service = service_of(request)
+    service.check_token(request)
+    body = await read(request, VerdictBody)
+    await _entry(service, body.patch_id)
+    judge = Ledger.accept if body.accepted else Ledger.reject
+    await service.records.do(lambda ledger: judge(ledger, body.patch_id, reason=body.reason))
+    return Json({"ok": True, "patch_id": body.patch_id, "accepted": body.accepted})
+
+
+@router.get("/ledger")
+async def ledger(request: Request) -> Response:
+    """The latest proposals, newest first."""
+    service = service_of(request)
+    service.check_token(request)
+    query: dict[str, Any] = dict(request.query_params)
+    if str(query.get("limit", "")).isdecimal():
+        query["limit"] = int(query["limit"])
+    wanted = checked(query, LedgerQuery)
+    found = await service.records.do(lambda ledger: ledger.list_proposals(limit=wanted.limit))
+    return Json({"proposals": [one.to_json() for one in found]})
+
+
+async def _entry(service: Service, patch_id: str) -> None:
+    try:
+        await service.records.get(patch_id)
+    except UsageError as error:
+        raise HttpError(404, error.message, code="unknown_patch", patch_id=patch_id) from None

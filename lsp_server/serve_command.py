@@ -1,0 +1,114 @@
+"""`planpatch serve`: the HTTP listener alone, until it is stopped."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from engine.errors import PathError
+from engine.patching.parser_process import ParserProcess
+from lsp_server import console
+from lsp_server.http.listener import Listener, bind, new_token
+from lsp_server.http.service import Service
+from lsp_server.model_host import HostStatus, ModelHost
+from lsp_server.records import Records
+from lsp_server.session import Session
+
+
+def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        session: Settings and store.
+        open_page: Open the status page in the user's browser.
+        as_json: Say where it listens as one JSON object on stdout.
+
+    Raises:
+        UsageError: The address may not be bound.
+        TakenError: The port is taken.
+        PathError: The root is no folder.
+    """
+    settings, paths = session.settings, session.paths
+    root = root_of(session)
+    bound = bind(settings.host, settings.port, has_token=bool(settings.token), runtime_file=paths.runtime_file)
+    host = ModelHost(_told())
+    parsers = ParserProcess()
+    records = Records(session.ledger)
+    service = Service(host, lambda: session, records, new_token(), parsers=parsers, root=root)
+    listener = Listener(service, bound, paths.runtime_file)
+    stop = threading.Event()
+
+    def end(_signal: int, _frame: object) -> None:
+        stop.set()
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, end)
+    host.start(session)
+    listener.start()
+    _say_where(listener, root, as_json)
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(f"{listener.address.url}/status#{service.token}")
+    try:
+        while not stop.wait(0.5):
+            pass
+    finally:
+        console.say("ending")
+        host.close()
+        listener.close()
+        parsers.close()
+        records.close()
+
+
+def root_of(session: Session) -> Path | None:
+    """The folder that paths over HTTP must lie in.
+
+    Args:
+        session: Settings.
+
+    Returns:
+        The folder; None if the settings name none.
+
+    Raises:
+        PathError: It is no folder.
+    """
+    if not session.settings.root:
+        return None
+    root = session.paths.resolve(session.settings.root)
+    if not root.is_dir():
+        raise PathError(f"The root {root} is no folder ({session.settings.source_of('root')})", hint="Correct it.")
+    return root.resolve()
+
+
+def _say_where(listener: Listener, root: Path | None, as_json: bool) -> None:
+    address = listener.address
+    facts: Mapping[str, Any] = {"url": address.url, "host": address.host, "port": address.port}
+    if as_json:
+        console.print_json({**facts, "root": None if root is None else str(root)})
+        sys.stdout.flush()
+        return
+    console.say(f"listening on {address.url}; Ollama's API under /api, OpenAI's under /v1; Ctrl-C ends it")
+    if root is not None:
+        console.say(f"paths are read below {escape(str(root))}")
+
+
+def _told():
+    """Tells each new state of the model once on stderr."""
+    said: list[str] = []
+
+    def tell(status: HostStatus) -> None:
+        text = {"ready": f"{status.model} is ready", "loading": f"loading {status.model}".rstrip()}.get(
+            status.state, f"{status.message}. {status.hint}".strip(". ")
+        )
+        if said[-1:] != [text]:
+            said.append(text)
+            console.say(escape(text))
+
+    return tell
