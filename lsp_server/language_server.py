@@ -34,6 +34,7 @@ from lsp_server import code_actions
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
+from lsp_server.http_host import HttpHost
 from lsp_server.lsp_editor import LspEditor, action_request, code_action
 from lsp_server.lsp_protocol import Protocol
 from lsp_server.model_host import HostStatus, ModelHost, ServerMark
@@ -81,6 +82,9 @@ class PlanPatchServer(LanguageServer):
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
         self._parsers = ParserProcess()
+        self._http = HttpHost(
+            self._host, lambda: self._session, self._parsers, self._turn_for_http, self._tell_from_thread
+        )
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -153,6 +157,7 @@ class PlanPatchServer(LanguageServer):
             ticker.cancel()
             if self._bench is not None:
                 await self._bench.close()
+            await asyncio.to_thread(self._http.close)
             await asyncio.to_thread(self._host.close)
             self._parsers.close()
             self._mark.remove()
@@ -229,7 +234,19 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        self._http.start()
         await asyncio.to_thread(self._parsers.start)
+
+    async def _turn_for_http(self, turn: Turn, patch_id: str) -> dict[str, Any]:
+        """A roll-back that HTTP asks for, on this loop, so that it goes through the editor; called on another loop."""
+        assert self._loop is not None
+        work = self.bench.applier.turn(turn, patch_id, None)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def _tell_from_thread(self, message: str, severity: Severity) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.editor.show_message, f"PlanPatch: {message}", severity)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -430,7 +447,7 @@ class PlanPatchServer(LanguageServer):
                 raise UsageError(f"There is no job {job_id!r}")
             return {**job.to_json(), "position": self.bench.jobs.position(job)}
         settings = self.settings_of(path_of(text_argument(argument, "uri") or ""))
-        return {"version": self.version, **self.bench.status(), "apply": settings.apply}
+        return {"version": self.version, **self.bench.status(), "apply": settings.apply, "http": self._http.url}
 
     async def _feedback(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         found = argument.get("feedback")

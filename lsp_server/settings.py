@@ -92,6 +92,7 @@ class Settings:
         ledger_retention_days: Events older than this are dropped; 0 keeps all.
         ledger_max_bytes: Oldest events are dropped above this size; 0 is no limit.
         apply: `ask` before a buffer changes, or `direct`.
+        http: Whether the language server listens for HTTP too.
         host: Address that HTTP binds.
         port: Port that HTTP binds; 0 takes a free one.
         root: Folder that HTTP paths must lie in; empty for none.
@@ -133,6 +134,7 @@ class Settings:
     ledger_retention_days: int = _setting(30, values.integer(0, 36_500))
     ledger_max_bytes: int = _setting(500_000_000, values.size_bytes)
     apply: str = _setting("ask", values.choice("ask", "direct"))
+    http: bool = _setting(True, values.boolean)
     host: str = _setting("127.0.0.1", values.text)
     port: int = _setting(8765, values.integer(0, 65_535))
     root: str = _setting("", values.text)

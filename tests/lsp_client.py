@@ -50,6 +50,7 @@ class LspClient:
         command: list[str] | None = None,
         cwd: Path | None = None,
     ) -> None:
+        self.home = home
         self.settings = dict(settings or {})
         self.texts: dict[str, tuple[int, str]] = {}
         self.notifications: list[Json] = []
@@ -66,7 +67,7 @@ class LspClient:
         self._next_id = 0
         self._lock = threading.Lock()
         self._changed = threading.Condition()
-        environ = {**os.environ, "PLANPATCH_HOME": str(home), **(env or {})}
+        environ = {**os.environ, "PLANPATCH_HOME": str(home), "PLANPATCH_HTTP": "false", **(env or {})}
         self.started_at = time.monotonic()
         self.process = subprocess.Popen(
             command or [sys.executable, "-I", "-X", "utf8", "-m", "lsp_server", "lsp", *options],

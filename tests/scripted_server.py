@@ -31,6 +31,7 @@ class ScriptedHost:
         self._on_change = on_change
         self.status = HostStatus()
         self.engine_or_none: Any = None
+        self.local_or_none: Any = None
 
     def start(self, session: Any, *, pull: bool = False) -> None:
         self.engine_or_none = ScriptedEngine(lambda prompt: Path(os.environ["SCRIPT"]).read_text(encoding="utf-8"))

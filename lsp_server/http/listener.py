@@ -91,10 +91,13 @@ def bind(host: str, port: int, *, has_token: bool, runtime_file: Path) -> socket
         bound.listen(_BACKLOG)
     except OSError as fault:
         bound.close()
+        pid, holder = _holder(port, runtime_file)
         raise TakenError(
-            f"HTTP cannot listen on {host}:{port}: {fault.strerror or fault}{_holder(port, runtime_file)}",
+            f"HTTP cannot listen on {host}:{port}: {fault.strerror or fault}{holder and f'; {holder} holds it'}",
             hint="Give another port (setting port, or --port), or end the other program.",
             port=port,
+            holder=pid,
+            holder_is_planpatch=holder.startswith("the PlanPatch server"),
         ) from None
     bound.setblocking(False)
     return bound
@@ -106,20 +109,20 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _holder(port: int, runtime_file: Path) -> str:
-    """Who holds a port, in words."""
+def _holder(port: int, runtime_file: Path) -> tuple[int | None, str]:
+    """Who holds a port: process id, and words; empty where that cannot be found."""
     import psutil
 
     with suppress(OSError, ValueError, TypeError):
         facts = cast("Mapping[str, Any]", json.loads(runtime_file.read_text(encoding="utf-8")))
         if facts.get("port") == port and psutil.pid_exists(int(facts["pid"])):
-            return f"; the PlanPatch server of process {facts['pid']} holds it"
+            return int(facts["pid"]), f"the PlanPatch server of process {facts['pid']}"
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-                name = psutil.Process(connection.pid).name() if connection.pid else ""
-                return f"; process {connection.pid} ({name}) holds it" if connection.pid else ""
-    return ""
+            is_it = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if is_it and connection.pid:
+                return connection.pid, f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return None, ""
 
 
 class Listener:
