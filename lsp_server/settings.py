@@ -139,7 +139,7 @@ class Settings:
     port: int = _setting(8765, values.integer(0, 65_535))
     root: str = _setting("", values.text)
     token: str = _setting("", values.text, secret=True)
-    origins: tuple[str, ...] = _setting((), values.origins)
+    origins: tuple[str, ...] = _setting((), values.origins, variable="OLLAMA_ORIGINS")
     log_level: str = _setting("warning", values.choice("error", "warning", "info", "debug"))
     log_file: str = _setting("", values.text)
     sources: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from engine.errors import PlanPatchError
-from lsp_server.http import edits, ollama
+from lsp_server.http import edits, ollama, ollama_store
 from lsp_server.http.errors import HttpError
 from lsp_server.http.guard import Guard
 from lsp_server.http.responses import Json
@@ -41,6 +41,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(edits.router, tags=["planpatch"])
     app.include_router(ollama.router, tags=["ollama"])
+    app.include_router(ollama_store.router, tags=["ollama"])
     settings = service.settings
     app.add_middleware(Guard, token=settings.token, origins=settings.origins)
     app.add_exception_handler(HttpError, _http_error)
