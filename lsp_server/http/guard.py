@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lsp_server.http.errors import HttpError
 from lsp_server.http.shapes import shape_of
 
+MAX_HEADER_BYTES = 32_000
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0", "::1")
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 _APPLICATION_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
@@ -66,6 +67,8 @@ class Guard:
         await self._app(scope, receive, send_for_origin)
 
     def _check(self, headers: Headers, origin: str) -> None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            raise HttpError(431, f"the headers are larger than {MAX_HEADER_BYTES:,} bytes", limit=MAX_HEADER_BYTES)
         host = headers.get("host", "")
         if not self._is_known_host(host):
             raise HttpError(403, f"the Host {host!r} is not this machine's")

@@ -160,10 +160,11 @@ class Listener:
         import uvicorn
 
         from lsp_server.http.app import make_app
+        from lsp_server.http.connection import TimedProtocol
 
         config = uvicorn.Config(
             make_app(self._service),
-            http="h11",
+            http=TimedProtocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
