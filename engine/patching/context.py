@@ -21,6 +21,7 @@ from engine.patching.scopes import (
     list_scopes,
     parse_definition,
     parse_text,
+    shared_tree,
     standalone_text,
 )
 from engine.patching.source import Source
@@ -194,7 +195,7 @@ def _dropped(source: Source, scope: Scope, full: _Choice, choice: _Choice) -> tu
 
 def _import_pieces(source: Source, scope: Scope) -> list[_Piece]:
     try:
-        tree = parse_text(source.plain_text())
+        tree = shared_tree(source.plain_text())
     except ParseFault:
         numbers = [n for n, line in enumerate(source.lines, 1) if _IMPORT_LINE.match(line) and not scope.contains(n)]
         return [_Piece(source.lines[number - 1].strip(), (number,)) for number in numbers]

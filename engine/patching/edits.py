@@ -42,6 +42,7 @@ EDITS_SCHEMA: dict[str, Any] = {
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _WHITESPACE = " \t\f"
+_MOST_LINES_COMPARED = 4000  # with every line; beyond that difflib leaves common ones out
 
 
 class SchemaFault(ValueError):
@@ -370,23 +371,86 @@ def diff_edits(before: Source, after_lines: Sequence[str], region: Scope | tuple
     return edits
 
 
-def unified_diff(before: Source, after: Source, *, num_context_lines: int = 3) -> str:
-    r"""The change as `diff -u` shows it.
+def unified_diff(before: Source, edits: Sequence[Edit], *, num_context_lines: int = 3) -> str:
+    r"""A patch as `diff -u` shows it: exactly its edits, each as small as it can be.
 
     Args:
         before: The old text; its path is shown with a/ and b/.
-        after: The new text.
+        edits: The patch.
         num_context_lines: Unchanged lines around each hunk.
 
     Returns:
         The diff, "" if nothing changed. \r\n stays in it, so that it can be applied; a lone \r is shown as \n.
+
+    Raises:
+        AnchorError: The edits do not apply to `before`.
     """
-    path = before.path.lstrip("/")
+    after = apply_edits(before, edits)
     old, new = _diff_lines(before), _diff_lines(after)
+    changes = difflib.SequenceMatcher(None, "", "", autojunk=False)
+    changes.opcodes = _opcodes(before, edits, old, new)  # not found by difflib: it takes common lines for junk
+    path = before.path.lstrip("/")
     result: list[str] = []
-    for line in difflib.unified_diff(old, new, f"a/{path}", f"b/{path}", n=num_context_lines):
-        result.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return "".join(result)
+    for group in changes.get_grouped_opcodes(num_context_lines):
+        result += [] if result else [f"--- a/{path}\n", f"+++ b/{path}\n"]
+        (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
+        result.append(f"@@ -{_hunk_range(i1, i2)} +{_hunk_range(j1, j2)} @@\n")
+        for tag, i1, i2, j1, j2 in group:
+            if tag == "equal":
+                result += [f" {line}" for line in old[i1:i2]]
+            else:
+                result += [*(f"-{line}" for line in old[i1:i2]), *(f"+{line}" for line in new[j1:j2])]
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in result)
+
+
+def _hunk_range(start: int, stop: int) -> str:
+    length = stop - start
+    return f"{start + 1}" if length == 1 else f"{start + 1 if length else start},{length}"
+
+
+_Opcode = tuple[str, int, int, int, int]
+
+
+def _opcodes(before: Source, edits: Sequence[Edit], old: Sequence[str], new: Sequence[str]) -> list[_Opcode]:
+    """What changed where, in difflib's form; both texts from beginning to end."""
+    found: list[_Opcode] = []
+    i = j = 0
+
+    def take(i2: int, j2: int, *, is_edit: bool) -> None:
+        nonlocal i, j
+        for tag, a1, a2, b1, b2 in _line_changes(old[i:i2], new[j:j2], is_edit=is_edit):
+            _add(found, (tag, i + a1, i + a2, j + b1, j + b2))
+        i, j = i2, j2
+
+    for edit in ordered(before, edits):
+        start = edit.start_line - 1
+        take(start, j + start - i, is_edit=False)
+        take(max(start, edit.end_line), j + len(new_lines(edit)), is_edit=True)
+    take(len(old), len(new), is_edit=False)
+    return found
+
+
+def _line_changes(old: Sequence[str], new: Sequence[str], *, is_edit: bool) -> list[_Opcode]:
+    """An edit is compared as difflib does; beside edits only ends of lines can differ, so lines stand in pairs."""
+    if old == new:
+        return [("equal", 0, len(old), 0, len(new))]
+    if is_edit:
+        autojunk = len(old) + len(new) > _MOST_LINES_COMPARED
+        return list(difflib.SequenceMatcher(None, old, new, autojunk=autojunk).get_opcodes())
+    pairs = enumerate(zip(old, new, strict=True))
+    return [("equal" if left == right else "replace", n, n + 1, n, n + 1) for n, (left, right) in pairs]
+
+
+def _add(found: list[_Opcode], code: _Opcode) -> None:
+    """Add an opcode, joined with the one before where both are changes or both are not."""
+    tag, i1, i2, j1, j2 = code
+    if i1 == i2 and j1 == j2:
+        return
+    if found and (found[-1][0] == "equal") == (tag == "equal"):
+        before, a1, _, b1, _ = found.pop()
+        tag = "equal" if before == "equal" else "replace"
+        i1, j1 = a1, b1
+    found.append((tag, i1, i2, j1, j2))
 
 
 def invert(before: Source, edits: Sequence[Edit]) -> list[Edit]:

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.patching.edits import Edit
 from engine.patching.scopes import (
@@ -23,6 +24,7 @@ from engine.patching.scopes import (
     Scope,
     definitions,
     parse_text,
+    shared_tree,
     standalone_text,
     warnings_lock,
 )
@@ -121,6 +123,7 @@ class NameUse:
     star_import: bool
 
 
+@lru_cache(maxsize=8)
 def use_of_names(text: str) -> NameUse:
     """Resolve the names of a text that parses.
 
@@ -136,14 +139,14 @@ def use_of_names(text: str) -> NameUse:
     Raises:
         ParseFault: The text does not parse or its scopes are inconsistent.
     """
-    tree = parse_text(text)
+    tree = shared_tree(text)
     table = _symbol_table(text)
     module_names: set[str] = set()
     all_names: set[str] = set()
     used = _exported_names(tree)
     for scope in _all_tables(table):
         at_top = scope is table
-        for symbol in scope.get_symbols():
+        for symbol in _symbols(scope):
             name = symbol.get_name()
             if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace() or symbol.is_parameter():
                 all_names.add(name)
@@ -157,6 +160,18 @@ def use_of_names(text: str) -> NameUse:
     star_import = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
     unbound = used - module_names - BUILTIN_NAMES
     return NameUse(frozenset(module_names), frozenset(all_names), frozenset(unbound), star_import)
+
+
+def _symbols(table: symtable.SymbolTable) -> list[symtable.Symbol]:
+    """A table's symbols; `get_symbols` looks through all children for each, which many functions make slow."""
+    flags: dict[str, int] | None = getattr(getattr(table, "_table", None), "symbols", None)
+    if flags is None:
+        return list(table.get_symbols())
+    children: dict[str, list[symtable.SymbolTable]] = {}
+    for child in table.get_children():
+        children.setdefault(child.get_name(), []).append(child)
+    is_module = table.get_type() == "module"
+    return [symtable.Symbol(name, flags[name], children.get(name, []), module_scope=is_module) for name in flags]
 
 
 def newly_undefined(before: str, after: str) -> list[str]:
@@ -314,7 +329,7 @@ def import_edit(source: Source, imports: Sequence[str]) -> Edit | None:
         The insert, or None if the file has them all or does not parse.
     """
     try:
-        tree = parse_text(source.plain_text())
+        tree = shared_tree(source.plain_text())
     except ParseFault:
         return None
     present = set(module_imports(tree))

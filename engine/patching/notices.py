@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.patching.directives import is_directive
 from engine.patching.edits import Edit, apply_edits, new_lines
-from engine.patching.scopes import ParseFault, Scope, definitions, parse_text, standalone_text
+from engine.patching.scopes import ParseFault, Scope, definitions, parse_text, shared_tree, standalone_text
 from engine.patching.source import Source
 
 _LIKENESS_OF_REWORDED = 0.6
@@ -53,7 +53,7 @@ def no_longer_returning(old: str, new: str) -> list[str]:
         Their qualified names; none if one of the texts does not parse.
     """
     try:
-        before, after = _returning(parse_text(old)), _returning(parse_text(new))
+        before, after = _returning(shared_tree(old)), _returning(shared_tree(new))
     except ParseFault:
         return []
     return [name for name, returns in before.items() if returns and not after.get(name, True)]
@@ -165,7 +165,7 @@ def _fault_elsewhere(source: Source, scope: Scope) -> list[str]:
     if scope.parses:
         return []
     try:
-        parse_text(source.plain_text())
+        shared_tree(source.plain_text())
     except ParseFault as fault:
         return [f"{source.path} does not parse ({fault}); only `{scope.qualname}` itself was checked"]
     return []

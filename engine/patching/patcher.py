@@ -675,7 +675,7 @@ class Patcher:
             edits=edits,
             imports=tuple(entry.proposal.imports),
             report=None,
-            diff=unified_diff(job.source, patched),
+            diff=unified_diff(job.source, edits),
             timings=Timings(total_s=time.monotonic() - job.started_at),
             is_known=True,
             gates=list(entry.proposal.gates),

@@ -74,7 +74,7 @@ def prove(question: Question, text: str) -> Proof:
     if report.patched is None:
         return Proof(report, imports)
     loses_its_value = _loses_its_value(source, scope, report.patched)
-    return Proof(report, imports, unified_diff(source, report.patched), loses_its_value)
+    return Proof(report, imports, unified_diff(source, report.edits), loses_its_value)
 
 
 def check_hunks(source: Source, scope: Scope, edits: Sequence[Edit], imports: Sequence[str], patch_id: str) -> None:

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from engine.errors import SourceError, UnknownScopeError
@@ -109,10 +110,9 @@ def find_scope(source: Source, name: str | None = None, line: int | None = None)
     """
     wanted, wanted_line = _split_name(name)
     try:
-        tree = parse_text(source.plain_text())
+        candidates = _candidates(source)
     except ParseFault as fault:
         return _find_in_broken(source, wanted, wanted_line, line, fault)
-    candidates = _candidates_of_tree(source, tree)
     return _pick(source, candidates, wanted, wanted_line, line).scope
 
 
@@ -126,7 +126,7 @@ def list_scopes(source: Source) -> list[Scope]:
         The scopes; of a file that does not parse, those whose own text does.
     """
     try:
-        return [candidate.scope for candidate in _candidates_of_tree(source, parse_text(source.plain_text()))]
+        return [candidate.scope for candidate in _candidates(source)]
     except ParseFault:
         scopes = [candidate.scope for candidate in _scan(source, trust_strings=True)]
         return [scope for scope in scopes if _own_fault(source, scope) is None]
@@ -167,6 +167,22 @@ def parse_text(text: str) -> ast.Module:
             raise ParseFault("nested too deeply for the parser", None) from None
         except ValueError as error:  # NUL characters, lone surrogates
             raise ParseFault(str(error), None) from None
+
+
+@lru_cache(maxsize=2)
+def shared_tree(text: str) -> ast.Module:
+    """The same as `parse_text`, made once for the texts that were asked for last: not to be changed.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ParseFault: It does not parse.
+    """
+    return parse_text(text)
 
 
 def compile_fault(text: str) -> ParseFault | None:
@@ -327,6 +343,11 @@ def _split_name(name: str | None) -> tuple[str | None, int | None]:
     if at and line.isdecimal():
         return plain, int(line)
     return name.strip().replace(".<locals>", ""), None
+
+
+@lru_cache(maxsize=4)
+def _candidates(source: Source) -> tuple[_Candidate, ...]:
+    return tuple(_candidates_of_tree(source, shared_tree(source.plain_text())))
 
 
 def _candidates_of_tree(source: Source, tree: ast.Module) -> list[_Candidate]:

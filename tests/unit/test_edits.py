@@ -295,10 +295,27 @@ def test_hunks_that_are_not_there_are_named(indexes: list[int]) -> None:
 
 def test_a_diff_is_shown_with_both_names() -> None:
     old = source("a\nb\n")
-    assert unified_diff(old, apply_edits(old, [replace(2, 2, "b", "c 🙂")])) == (
+    assert unified_diff(old, [replace(2, 2, "b", "c 🙂")]) == (
         "--- a/a.py\n+++ b/a.py\n@@ -1,2 +1,2 @@\n a\n-b\n+c 🙂\n"
     )
-    assert unified_diff(old, old) == ""
+    assert unified_diff(old, []) == ""
+    assert unified_diff(old, [replace(2, 2, "b", "b")]) == ""
+
+
+def test_a_diff_shows_the_edit_alone_however_alike_the_lines_are() -> None:
+    old = source("def f():\n    return 1\n\n" * 400)
+    edits = [replace(2, 2, "    return 1", "    return 2"), insert(901, "# here")]
+    diff = unified_diff(old, edits)
+    assert [line for line in diff.splitlines() if line[0] in "+-"] == [
+        *("--- a/a.py", "+++ b/a.py", "-    return 1", "+    return 2", "+# here")
+    ]
+    assert diff.count("\n") < 25
+
+
+def test_a_large_edit_is_shown_as_small_as_it_is() -> None:
+    old = source("a\nb\nc\nd\n")
+    diff = unified_diff(old, [replace(1, 4, "a\nb\nc\nd", "a\nb\nC\nd")])
+    assert [line for line in diff.splitlines()[3:] if line[0] in "+-"] == ["-c", "+C"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is what applies the diff")
@@ -310,7 +327,7 @@ def test_git_applies_the_diff(tmp_path: Path, before: str, edits: list[Edit]) ->
     old = source(before)
     new = apply_edits(old, edits)
     (tmp_path / "a.py").write_bytes(old.to_bytes())
-    (tmp_path / "change.diff").write_bytes(unified_diff(old, new).encode())
+    (tmp_path / "change.diff").write_bytes(unified_diff(old, edits).encode())
     command = ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", "change.diff"]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert (tmp_path / "a.py").read_bytes() == new.to_bytes()
