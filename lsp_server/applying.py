@@ -21,7 +21,6 @@ from engine.errors import GateError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Entry, State, source_of
-from engine.patching.parser_process import Call, in_this_process
 from engine.patching.proof import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -30,6 +29,7 @@ from lsp_server.editor import BufferEdit, Editor, EditorFault, Hunk, Severity
 from lsp_server.labels import Labels
 from lsp_server.open_files import OpenFile, OpenFiles, Search
 from lsp_server.paths import make_private_folder
+from lsp_server.reading import Reader
 from lsp_server.records import Records
 from lsp_server.survival import normalised
 from lsp_server.targets import hunks_argument
@@ -55,7 +55,7 @@ class Applier:
         plans: Folder for diffs and conflicts that are shown.
         on_change: Told when what a document offers has changed.
         spawn: Runs something on the event loop whose errors are shown.
-        call: Where patches are proved.
+        read: Reads Python and proves patches.
         check_s: How long after an edit the client's text is waited for.
     """
 
@@ -69,7 +69,7 @@ class Applier:
         on_change: Callable[[OpenFile], None],
         spawn: Callable[[object], None],
         *,
-        call: Call = in_this_process,
+        read: Reader,
         check_s: float = CHECK_S,
     ) -> None:
         self._editor = editor
@@ -79,7 +79,7 @@ class Applier:
         self._plans = plans
         self._on_change = on_change
         self._spawn = spawn
-        self._call = call
+        self._read = read
         self._check_s = check_s
 
     # --- apply ------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Applier:
             file.watches.pop(entry.id, None)
         if len(chosen) < len(entry.proposal.edits):
             edits = [entry.proposal.edits[index] for index in chosen]
-            await asyncio.to_thread(self._call, _check_subset, entry, _base(entry), edits)
+            await self._read(_check_subset, entry, _base(entry), edits)
 
     def _check_is_base(self, file: OpenFile, entry: Entry) -> Source:
         source = file.source()
@@ -182,7 +182,7 @@ class Applier:
         """The user left hunks out in the client's preview: what is left is another patch, and must pass every gate."""
         try:
             edits = [entry.proposal.edits[index] for index in hunks]
-            await asyncio.to_thread(self._call, _check_subset, entry, base, edits)
+            await self._read(_check_subset, entry, base, edits)
         except GateError as error:
             question = f"PlanPatch: {error.message}."
             if await self._editor.ask(question, [TAKE_BACK, KEEP]) == TAKE_BACK:
@@ -251,6 +251,8 @@ class Applier:
         """
         entry = await self._entry(turn, patch_id, path)
         file = self._files.of_path(entry.proposal.path)
+        if file is not None:
+            await self._labels.recall_history(file)  # another process may have changed what the menu shows
         if file is None:
             on_disk = Ledger.rollback if turn == "rollback" else Ledger.redo
             await self._records.do(lambda ledger: on_disk(ledger, entry.id))
@@ -325,7 +327,7 @@ class Applier:
             if not hunk["found"]:
                 lines += [f"## Near line {hunk['start_line']}", "", "````python", hunk["view"].rstrip("\n"), "````", ""]
         file = await self.show(f"{entry.id}.conflict.md", "\n".join(lines))
-        self._editor.show_message(f"PlanPatch: the lines were edited since; {file} shows them", Severity.INFO)
+        self._editor.show_message(f"PlanPatch: {file} shows the lines that were looked for", Severity.INFO)
 
     async def show(self, name: str, text: str) -> Path:
         """Open a text of ours in the editor, where it opens files.

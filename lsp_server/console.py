@@ -230,6 +230,8 @@ class TokenCounter:
 
     def __call__(self, stage: str, text: str) -> None:
         """Count a token; a `Listener` of the patcher."""
+        if not text:
+            return
         self._count = self._count + 1 if stage == self._stage else 1
         self._stage = stage
         self.note(f"{stage.upper()}: {self._count} tokens (Ctrl-C cancels)")

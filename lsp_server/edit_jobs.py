@@ -245,6 +245,9 @@ class TokenReports:
         if stage != self._stage:
             self.flush()
             self._stage, self._count = stage, 0
+        if not text:  # a stage without tokens
+            self._send("")
+            return
         self._count += 1
         self._text += text
         if time.monotonic() >= self._due_at:
@@ -255,5 +258,8 @@ class TokenReports:
         if self._text:
             text, self._text = self._text, ""
             self._due_at = time.monotonic() + _REPORT_INTERVAL_S
-            with suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._report, self._stage, self._count, text)
+            self._send(text)
+
+    def _send(self, text: str) -> None:
+        with suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(self._report, self._stage, self._count, text)

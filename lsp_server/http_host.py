@@ -27,7 +27,6 @@ class HttpHost:
     Args:
         model: The model's host.
         session_of: The session as the settings are now.
-        parsers: Where Python is read and patches are proved.
         turn: Rolls a patch back or redoes it, through the editor where it has the file open.
         tell: Called, on whatever thread, with what the user should know.
     """
@@ -36,13 +35,12 @@ class HttpHost:
         self,
         model: ModelHost,
         session_of: Callable[[], Session],
-        parsers: ParserProcess,
         turn: Turner,
         tell: Callable[[str, Severity], None],
     ) -> None:
         self._model = model
         self._session_of = session_of
-        self._parsers = parsers
+        self._parsers = ParserProcess()
         self._turn = turn
         self._tell = tell
         self._records = Records(lambda: session_of().ledger())
@@ -67,6 +65,7 @@ class HttpHost:
             self._thread.join()
         if self._listener is not None:
             self._listener.close()
+        self._parsers.close()
         self._records.close()
 
     def _start(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from engine.errors import PlanPatchError
 from engine.patching.ledger_records import UNDONE, Entry
-from engine.patching.parser_process import Call, in_this_process
 from lsp_server.code_actions import short
 from lsp_server.open_files import OpenFile, OpenFiles
+from lsp_server.reading import Reader
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
 
@@ -25,7 +24,7 @@ class Labels:
         clock: Seconds that only grow.
         spawn: Runs something on the event loop whose errors are shown.
         tells_save_reason: Whether the client says before a save why it saves.
-        call: Where Python is read.
+        read: Reads Python.
     """
 
     def __init__(
@@ -36,14 +35,14 @@ class Labels:
         spawn: Callable[[object], None],
         *,
         tells_save_reason: bool,
-        call: Call = in_this_process,
+        read: Reader,
     ) -> None:
         self._files = files
         self._records = records
         self._clock = clock
         self._spawn = spawn
         self._tells_save_reason = tells_save_reason
-        self._call = call
+        self._read = read
 
     async def recall(self, file: OpenFile) -> None:
         """What the ledger knows of a file that was opened: patches to watch and to roll back."""
@@ -135,7 +134,7 @@ class Labels:
         except PlanPatchError:
             return  # it cannot be read now, and may be later
         for watch in due:
-            finding = await asyncio.to_thread(self._call, watch.judge, source)
+            finding = await self._read(watch.judge, source)
             if finding in ("kept", "changed"):
                 final = source.to_bytes() if finding == "changed" else None
                 why = f"{reason}, changed by the user" if finding == "changed" else reason

@@ -81,10 +81,8 @@ class PlanPatchServer(LanguageServer):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
-        self._parsers = ParserProcess()
-        self._http = HttpHost(
-            self._host, lambda: self._session, self._parsers, self._turn_for_http, self._tell_from_thread
-        )
+        self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
+        self._http = HttpHost(self._host, lambda: self._session, self._turn_for_http, self._tell_from_thread)
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -155,11 +153,12 @@ class PlanPatchServer(LanguageServer):
             return await self._ended
         finally:
             ticker.cancel()
+            for process in (self._parsers, self._prover):
+                await asyncio.to_thread(process.close)
             if self._bench is not None:
                 await self._bench.close()
             await asyncio.to_thread(self._http.close)
             await asyncio.to_thread(self._host.close)
-            self._parsers.close()
             self._mark.remove()
 
     def end(self, code: int) -> None:
@@ -181,7 +180,10 @@ class PlanPatchServer(LanguageServer):
             if self._client_process is not None and not _is_alive(self._client_process):
                 log.warning("the client's process %d is gone", self._client_process)
                 self.end(1)
-            await self._bench.labels.tick()
+            try:
+                await self._bench.labels.tick()
+            except Exception as fault:  # a locked ledger, a process that was ended: the next tick tries again
+                log.warning("labels could not be looked at: %s", fault)
 
     async def _end_with_engine(self) -> None:
         """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
@@ -216,6 +218,7 @@ class PlanPatchServer(LanguageServer):
             self._session.paths,
             self.settings_of,
             call=self._parsers,
+            prover=self._prover,
             begin_after_s=_BEGIN_AFTER_S,
         )
         self._spawn(self._end_with_engine())
@@ -235,7 +238,8 @@ class PlanPatchServer(LanguageServer):
         self._read_settings()
         self._host.start(self._session)
         self._http.start()
-        await asyncio.to_thread(self._parsers.start)
+        for process in (self._parsers, self._prover):
+            await asyncio.to_thread(process.start)
 
     async def _turn_for_http(self, turn: Turn, patch_id: str) -> dict[str, Any]:
         """A roll-back that HTTP asks for, on this loop, so that it goes through the editor; called on another loop."""

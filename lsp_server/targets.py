@@ -64,7 +64,12 @@ def text_argument(argument: Mapping[str, Any], name: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise UsageError(f"`{name}` is text, not {value!r}")
-    return value
+    return whole_text(value)
+
+
+def whole_text(text: str) -> str:
+    """A text whose lone surrogates, which some clients send half an emoji as, are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def place_argument(argument: Mapping[str, Any]) -> tuple[Position, Position]:
@@ -120,7 +125,7 @@ def feedback_argument(found: object) -> Feedback | None:
     if not isinstance(found, Mapping):
         return None
     table = cast("Mapping[str, Any]", found)
-    reason, hint = str(table.get("reason") or ""), str(table.get("hint") or "")
+    reason, hint = (whole_text(str(table.get(name) or "")) for name in ("reason", "hint"))
     return Feedback(reason, hint) if reason or hint else None
 
 
@@ -172,7 +177,7 @@ def intent_of_diagnostic(diagnostic: Mapping[str, Any], source: Source) -> str:
     Raises:
         UsageError: It has no message.
     """
-    message = " ".join(str(diagnostic.get("message", "")).split())
+    message = " ".join(whole_text(str(diagnostic.get("message", ""))).split())
     if not message:
         raise UsageError("The diagnostic has no message")
     by = f" reported by {diagnostic['source']}" if diagnostic.get("source") else ""

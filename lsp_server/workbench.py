@@ -24,7 +24,7 @@ from engine.patching.directives import directive_intent
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import State
 from engine.patching.notices import notices
-from engine.patching.parser_process import Call, in_this_process
+from engine.patching.parser_process import Call, ParserProcess, in_this_process
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -38,6 +38,7 @@ from lsp_server.model_host import HostStatus
 from lsp_server.open_files import OpenFile, OpenFiles, Pending
 from lsp_server.paths import Paths
 from lsp_server.plan_documents import PlanDocument, PlanDocuments
+from lsp_server.reading import Reader
 from lsp_server.records import Records
 from lsp_server.session import patcher_options
 from lsp_server.settings import Settings
@@ -90,7 +91,8 @@ class Workbench:
         open_ledger: Opens the ledger, at the first use.
         paths: Where state is kept.
         settings_of: The settings that hold for a file; None for those of no workspace.
-        call: Where Python is read and patches are proved.
+        call: Where Python is read.
+        prover: Where patches are proved; None: on the job's thread.
         clock: Seconds that only grow; for tests.
         check_s: How long after an edit the client's text is waited for.
         begin_after_s: How long a job waits before it begins.
@@ -105,6 +107,7 @@ class Workbench:
         settings_of: Callable[[Path | None], Settings],
         *,
         call: Call = in_this_process,
+        prover: ParserProcess | None = None,
         clock: Callable[[], float] = time.monotonic,
         check_s: float = CHECK_S,
         begin_after_s: float = 0.0,
@@ -113,7 +116,8 @@ class Workbench:
         self.model = model
         self.settings_of = settings_of
         self._paths = paths
-        self._call = call
+        self._read = Reader(call)
+        self._prover = prover
         self.files = OpenFiles(editor.profile.encoding)
         self.records = Records(open_ledger)
         self.jobs = Jobs(self._job_changed, begin_after_s)
@@ -124,7 +128,7 @@ class Workbench:
             clock,
             self._spawn,
             tells_save_reason=editor.profile.tells_save_reason,
-            call=call,
+            read=self._read,
         )
         self.applier = Applier(
             editor,
@@ -134,7 +138,7 @@ class Workbench:
             paths.plans,
             self._draw,
             self._spawn,
-            call=call,
+            read=self._read,
             check_s=check_s,
         )
         self.has_failed = asyncio.Event()
@@ -149,6 +153,7 @@ class Workbench:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._read.close()
         self.records.close()
 
     # --- documents --------------------------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ class Workbench:
             SourceError: The file cannot be edited.
         """
         target = await self._target(argument)
-        intent, is_directive = await asyncio.to_thread(self._intent, target, argument, None)
+        intent, is_directive = await self._intent(target, argument, None)
         work = partial(self._plan, target, intent, is_directive) if intent else partial(self._ask_for_intent, target)
         return self.jobs.start("plan", f"plan for {target.title}", work, uri=target.uri, function=target.function)
 
@@ -275,7 +280,7 @@ class Workbench:
         """
         target = await self._target(argument)
         plan = await self._named_plan(target, argument)
-        intent, is_directive = await asyncio.to_thread(self._intent, target, argument, plan)
+        intent, is_directive = await self._intent(target, argument, plan)
         if not intent:
             raise UsageError(
                 "There is nothing to do yet: no intent was given",
@@ -293,9 +298,9 @@ class Workbench:
         source, text = file.source(), file.document.text
         self.check_root(file.path)
         if (name := text_argument(argument, "function")) is not None:
-            scope = await asyncio.to_thread(self._call, find_scope, source, name)
+            scope = await self._read(find_scope, source, name)
         else:
-            scope = await asyncio.to_thread(self._call, scope_at, source, *place_argument(argument))
+            scope = await self._read(scope_at, source, *place_argument(argument))
         return Target(uri, text, source, scope)
 
     def check_root(self, path: Path | None) -> None:
@@ -348,12 +353,12 @@ class Workbench:
         if then.text_between(record.start_line, record.end_line) != target.scope_text:
             raise StaleTextError(f"{target.title} changed since the plan was made", hint="Plan again.", plan_id=plan_id)
 
-    def _intent(self, target: Target, argument: Mapping[str, Any], plan: Plan | None) -> tuple[str, bool]:
+    async def _intent(self, target: Target, argument: Mapping[str, Any], plan: Plan | None) -> tuple[str, bool]:
         """What the user wants, and whether it stands in the code.
 
         In this order: the command, a preset, a diagnostic, the plan, a directive in the code, the plan document.
         """
-        found = self._call(directive_intent, target.source, target.scope)
+        found = await self._read(directive_intent, target.source, target.scope)
         if intent := (text_argument(argument, "intent") or "").strip():
             check_intent(intent)
             return intent, bool(found) and (plan is not None or intent == found)  # a retry says it again
@@ -371,7 +376,7 @@ class Workbench:
         document = self._plan_document(path_of(target.uri), target.function)
         if document is not None:
             with suppress(PlanPatchError):
-                return self.plans.read(document).intent, False
+                return (await asyncio.to_thread(self.plans.read, document)).intent, False
         return "", False
 
     async def reject(self, patch_id: str, reason: str = "") -> dict[str, Any]:
@@ -500,7 +505,7 @@ class Workbench:
             if error.exit_code == 1 and not isinstance(error, CancelledError):
                 self._note_refusal(target, intent, argument, error)
             raise
-        warnings = await asyncio.to_thread(self._call, notices, patch.source, target.scope, patch.edits)
+        warnings = await self._read(notices, patch.source, target.scope, patch.edits)
         job.result |= {"patchId": patch.id, "patch": {**patch.to_json(), "warnings": warnings}}
         self._spawn(self._offer(target, intent, patch, warnings, argument.get("hunks")))
 
@@ -517,8 +522,15 @@ class Workbench:
                 settings = self.settings_of(path_of(target.uri))
                 options = patcher_options(settings, "lsp", on_gpu=engine.status().device != "cpu")
                 mine = CancellableEngine(engine, job.is_cancelled)
-                job.on_cancel = mine.cancel_all
-                patcher = Patcher(mine, await self.records.ledger(), options, self._call)
+                prove = self._prover.cancellable(job.is_cancelled) if self._prover is not None else None
+
+                def cancel() -> None:
+                    mine.cancel_all()
+                    if prove is not None:
+                        prove.cancel()
+
+                job.on_cancel = cancel
+                patcher = Patcher(mine, await self.records.ledger(), options, prove or in_this_process)
                 job.is_generating = True
                 self.jobs.change(job, "running", "reading the code")
                 self.editor.report_progress(job.token, "reading the code")
@@ -543,7 +555,8 @@ class Workbench:
     def _report(self, job: Job, stage: str, num_tokens: int, text: str) -> None:
         if job.is_generating:
             job.stage, job.num_tokens = stage, num_tokens
-            self.editor.report_progress(job.token, f"{stage.upper()}: {num_tokens} tokens")
+            message = "checking the patch" if stage == "prove" else f"{stage.upper()}: {num_tokens} tokens"
+            self.editor.report_progress(job.token, message)
             self.editor.notify("planpatch/job", {**job.to_json(), "text": text})
 
     def _job_changed(self, job: Job) -> None:

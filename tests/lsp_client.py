@@ -109,7 +109,9 @@ class LspClient:
         self.send({"jsonrpc": "2.0", "method": method, "params": params})
 
     def send(self, message: Json) -> None:
-        body = json.dumps(message).encode()
+        self.send_body(json.dumps(message).encode())
+
+    def send_body(self, body: bytes) -> None:
         assert self.process.stdin is not None
         with self._lock:
             self.process.stdin.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)

@@ -387,8 +387,7 @@ def unified_diff(before: Source, edits: Sequence[Edit], *, num_context_lines: in
     """
     after = apply_edits(before, edits)
     old, new = _diff_lines(before), _diff_lines(after)
-    changes = difflib.SequenceMatcher(None, "", "", autojunk=False)
-    changes.opcodes = _opcodes(before, edits, old, new)  # not found by difflib: it takes common lines for junk
+    changes = _KnownChanges(_opcodes(before, edits, old, new))
     path = before.path.lstrip("/")
     result: list[str] = []
     for group in changes.get_grouped_opcodes(num_context_lines):
@@ -408,7 +407,20 @@ def _hunk_range(start: int, stop: int) -> str:
     return f"{start + 1}" if length == 1 else f"{start + 1 if length else start},{length}"
 
 
-_Opcode = tuple[str, int, int, int, int]
+_Tag = Literal["replace", "delete", "insert", "equal"]
+_Opcode = tuple[_Tag, int, int, int, int]
+
+
+class _KnownChanges(difflib.SequenceMatcher[str]):
+    """Changes that are known; looked for, difflib would take common lines for junk, or a very long time."""
+
+    def __init__(self, opcodes: list[_Opcode]) -> None:
+        super().__init__(None, "", "")
+        self._opcodes = opcodes
+
+    def get_opcodes(self) -> list[_Opcode]:
+        """The changes."""
+        return self._opcodes
 
 
 def _opcodes(before: Source, edits: Sequence[Edit], old: Sequence[str], new: Sequence[str]) -> list[_Opcode]:

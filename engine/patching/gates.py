@@ -284,12 +284,15 @@ def _ast(case: _Case) -> None:
 
 
 def _libcst(case: _Case) -> None:
-    _, after = case.trees
+    before, after = case.trees
     text = case.program(after=True)
-    if _tree_depth(after) > _MAX_TREE_DEPTH:
-        raise _Refusal(f"The result is nested more than {_MAX_TREE_DEPTH} levels deep; split the expression.")
-    outcome = _read_with_libcst(text)
     may_stand_alone = case.scope.parses and case.scope.kind != "module"
+    if _tree_depth(after) > _MAX_TREE_DEPTH:
+        alone = standalone_text(case.scope_lines(after=True), case.scope.indent)
+        if not may_stand_alone or _tree_depth(before) <= _MAX_TREE_DEPTH or _depth_of(alone) > _MAX_TREE_DEPTH:
+            raise _Refusal(f"The result is nested more than {_MAX_TREE_DEPTH} levels deep; split the expression.")
+        text = alone  # what is nested so deeply was there before, elsewhere
+    outcome = _read_with_libcst(text)
     if isinstance(outcome, Exception) and may_stand_alone and not _libcst_read_before(case):
         text = standalone_text(case.scope_lines(after=True), case.scope.indent)
         outcome = _read_with_libcst(text)
@@ -302,6 +305,13 @@ def _libcst(case: _Case) -> None:
             same = False
         if not same:
             raise _Refusal("libcst does not give the result back as it was.")
+
+
+def _depth_of(text: str) -> int:
+    try:
+        return _tree_depth(parse_text(text))
+    except ParseFault:
+        return _MAX_TREE_DEPTH + 1
 
 
 def _libcst_read_before(case: _Case) -> bool:

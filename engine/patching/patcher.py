@@ -53,7 +53,7 @@ from engine.patching.proof import Proof, Question, prove
 from engine.patching.scopes import Scope, find_scope
 from engine.patching.source import Source
 
-Stage = Literal["plan", "patch", "repair"]
+Stage = Literal["plan", "patch", "repair", "prove"]
 Listener = Callable[[Stage, str], None]
 
 MAX_INTENT_CHARS = 20_000
@@ -454,7 +454,7 @@ class Patcher:
             preset: Name of the preset that the intent came from.
             fresh: Do not return what the ledger has for the same request.
             drop_directives: Remove the scope's directives (`# pp: …`), which the intent came from.
-            listener: Called with `patch` or `repair` and each piece of text.
+            listener: Called with `patch` or `repair` and each piece of text, and with `prove` and none.
 
         Returns:
             A patch that every gate passed, in the ledger as proposed.
@@ -564,10 +564,14 @@ class Patcher:
         completion = self._generate(request, job.scope, stage, listener)
         job.timings = job.timings.plus(completion)
         _check_ended(completion, "PATCH", is_plan=False)
-        return self._judged(job, request, completion, completion.text)
+        return self._judged(job, request, completion, completion.text, listener)
 
-    def _judged(self, job: _Job, request: GenerationRequest, completion: Completion, text: str) -> _Attempt:
+    def _judged(
+        self, job: _Job, request: GenerationRequest, completion: Completion, text: str, listener: Listener | None
+    ) -> _Attempt:
         job.num_attempts += 1
+        if listener is not None:
+            listener("prove", "")
         question = Question(job.source, job.scope, job.view, job.view_scope, job.edit_format.name)
         return _Attempt(request, completion, text, self._call(prove, question, text))
 
@@ -621,7 +625,7 @@ class Patcher:
         answer.push(self.engine.tokenizer.decode((*head, *completion.token_ids)))
         if completion.finish_reason is not FinishReason.STOP and not answer.is_stopped:
             return None
-        return self._judged(job, request, completion, answer.text)
+        return self._judged(job, request, completion, answer.text, listener)
 
     def _check_patch_fits(self, job: _Job) -> None:
         """Refuse a function that PATCH could not write, before PLAN has read it for minutes."""

@@ -32,6 +32,7 @@ _HEADER = re.compile(r"[ \t\f]*(?:async[ \t]+def|def|class)[ \t]+(\w+)")
 _NUM_CONTEXT_LINES = 3
 _MIN_SIMILARITY = 0.6
 _OTHER_SCOPE = 3
+_MOST_LISTED = 8
 
 
 class Range(NamedTuple):
@@ -506,6 +507,8 @@ def _copies(block: Sequence[str], lines: Sequence[str]) -> list[int]:
 
 
 def _listed(numbers: Sequence[int]) -> str:
+    if len(numbers) > _MOST_LISTED:
+        return f"{', '.join(map(str, numbers[:_MOST_LISTED]))} and {len(numbers) - _MOST_LISTED} more"
     return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 

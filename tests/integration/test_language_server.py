@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from engine.errors import LedgerError
+from lsp_server import language_server
 from tests.lsp_client import CAPABILITIES, LspClient, LspError, edited
 
 SERVER = Path(__file__).resolve().parent.parent / "scripted_server.py"
@@ -426,6 +429,31 @@ def test_initialize_is_answered_before_any_model_library_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_clock_goes_on_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked ledger or a dead process ended it for good: nothing was accepted after ten minutes any more."""
+    monkeypatch.setattr(language_server, "_TICK_S", 0.01)
+    calls: list[int] = []
+
+    class Labels:
+        async def tick(self) -> None:
+            calls.append(1)
+            raise LedgerError("the ledger is locked")
+
+    class Bench:
+        labels = Labels()
+
+    async def run() -> None:
+        server = language_server.PlanPatchServer(os.environ, {})
+        server._bench = Bench()  # type: ignore[assignment]
+        ticking = asyncio.ensure_future(server._tick())
+        await asyncio.sleep(0.3)
+        assert not ticking.done()
+        ticking.cancel()
+
+    asyncio.run(run())
+    assert len(calls) > 2
+
+
 def test_every_request_gets_an_answer(start: Callable[..., LspClient], workspace: Path) -> None:
     client = start()
     early = client.request_raw("textDocument/codeAction", {"textDocument": {"uri": "file:///a.py"}})
@@ -448,12 +476,39 @@ def test_every_request_gets_an_answer(start: Callable[..., LspClient], workspace
         assert said in error["message"]
         assert error["code"] == -32602
     client.send([1, 2])  # type: ignore[arg-type]
+    client.send_body(b"{nonsense")
     client.notify("$/unknown", {"x": 1})
     assert client.command("planpatch.status")["state"] == "ready"
     assert client.request_raw("shutdown", None)["result"] is None
     assert client.request_raw("textDocument/codeAction", {})["error"]["code"] == -32600
     client.notify("exit", None)
     assert client.process.wait(20) == 0
+
+
+def test_a_proof_that_takes_long_is_cancelled_at_once_and_keeps_no_one_waiting(
+    start: Callable[..., LspClient], workspace: Path
+) -> None:
+    client = start()
+    many = "".join(f"def f{number}(a, b):\n    c = a + b\n    return c\n\n\n" for number in range(6000))
+    uri = opened(client, workspace, many + TEXT, options={"notifications": ["planpatch/job"]})
+    client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready")
+    position = {"line": 30_000 + 5, "character": 0}
+    answer = client.command("planpatch.patch", {"uri": uri, "position": position, "intent": "add them"})
+    client.wait_for(lambda: [one for one in client.seen("planpatch/job") if one["stage"] == "prove"], 60)
+    other = (workspace / "other.py").as_uri()
+    client.open(other, TEXT)
+    started_at = time.monotonic()
+    waiting = client.command("planpatch.plan", {"uri": other, "position": {"line": 5, "character": 0}, "intent": "x"})
+    assert client.command("planpatch.cancel", {"jobId": answer["jobId"]}) == {"cancelled": [answer["jobId"]]}
+    assert client.job(answer)["state"] == "cancelled"
+    assert time.monotonic() - started_at < 3
+    assert client.job(waiting)["state"] == "done"
+
+
+def test_half_an_emoji_in_an_intent_is_no_bug(start: Callable[..., LspClient], workspace: Path) -> None:
+    client = start()
+    uri = opened(client, workspace)
+    assert ask_for_patch(client, uri, intent="add them \ud83d", feedback={"reason": "\udc00"})["state"] == "done"
 
 
 def test_our_notifications_go_only_to_clients_that_asked(start: Callable[..., LspClient], workspace: Path) -> None:

@@ -195,6 +195,12 @@ def test_deep_nesting_is_refused_and_not_a_crash(expression: str) -> None:
     assert gate_name in ("ast", "libcst") and "nested" in reason
 
 
+@pytest.mark.parametrize("num_terms", [700, 3000])
+def test_what_is_nested_deeply_elsewhere_blocks_no_patch(num_terms: int) -> None:
+    text = TEXT + f"\nz = {'+'.join('1' * num_terms)}\n"
+    assert gate(text, "sort", "    return inner(found)", "    return inner(found[:])").ok
+
+
 def test_the_most_brackets_that_python_reads_do_not_crash_a_thread_with_a_small_stack() -> None:
     reports: list[GateReport] = []
     brackets = "(" * 190 + "1" + ")" * 190

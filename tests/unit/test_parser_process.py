@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from engine.errors import EngineError, GateError, UnknownScopeError
+from engine.errors import CancelledError, EngineError, GateError, UnknownScopeError
 from engine.patching.context import build_context
 from engine.patching.edits import Edit
 from engine.patching.parser_process import ParserProcess, in_this_process
@@ -88,14 +88,45 @@ def test_a_child_that_dies_takes_only_its_call(own: ParserProcess) -> None:
         own(os._exit, 3)
     assert own(len, "abc") == 3
     os.kill(own(os.getpid), signal.SIGTERM)  # between two calls
-    time.sleep(0.2)
     assert own(len, "abcd") == 4
+
+
+def test_a_call_whose_child_was_killed_is_made_again(own: ParserProcess) -> None:
+    """The work is pure, and what it works on took the model seconds to write."""
+    own(len, "")
+    pid = own.pid
+    assert pid is not None
+    threading.Timer(0.3, os.kill, (pid, signal.SIGTERM)).start()
+    own(time.sleep, 1)
+    assert own.pid not in (None, pid)
 
 
 def test_a_call_that_does_not_end_is_ended(own: ParserProcess) -> None:
     own(len, "")
     with pytest.raises(EngineError, match="took longer than 2 s"):
         own(time.sleep, 60)
+    assert own(len, "abc") == 3
+
+
+def test_a_cancelled_call_ends_at_once_and_no_other_does(own: ParserProcess) -> None:
+    own(len, "")
+    is_cancelled = threading.Event()
+    call = own.cancellable(is_cancelled)
+    assert call(len, "abc") == 3
+    call.cancel()  # nothing is under way
+    assert own(len, "abc") == 3
+
+    def cancel() -> None:
+        is_cancelled.set()
+        call.cancel()
+
+    threading.Timer(0.3, cancel).start()
+    started_at = time.monotonic()
+    with pytest.raises(CancelledError):
+        call(time.sleep, 60)
+    assert time.monotonic() - started_at < 1.5
+    with pytest.raises(CancelledError):
+        call(len, "abc")
     assert own(len, "abc") == 3
 
 
@@ -127,10 +158,13 @@ def test_calls_of_several_threads_do_not_mix(parsers: ParserProcess) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX")
-def test_no_child_is_left_when_the_parent_is_killed() -> None:
+@pytest.mark.parametrize(
+    "work", ["p(len, '')", "threading.Thread(target=p, args=(time.sleep, 60), daemon=True).start()"]
+)
+def test_no_child_is_left_when_the_parent_is_killed(work: str) -> None:
     script = (
-        "import time; from engine.patching.parser_process import ParserProcess; p = ParserProcess(); p(len, '');"
-        "print(p.pid, flush=True); time.sleep(60)"
+        "import threading, time; from engine.patching.parser_process import ParserProcess; p = ParserProcess(1.0);"
+        f"p(len, ''); {work}; time.sleep(0.3); print(p.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-I", "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
