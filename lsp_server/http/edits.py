@@ -29,7 +29,7 @@ from engine.patching.source import MAX_SOURCE_BYTES, Source
 from lsp_server.http.bodies import Body, Whole, checked, read, read_json
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import Call, unless_gone
-from lsp_server.http.ollama import service_of
+from lsp_server.http.models import service_of
 from lsp_server.http.responses import Json
 from lsp_server.http.service import Service
 from lsp_server.session import patcher_options

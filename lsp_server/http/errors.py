@@ -92,7 +92,7 @@ class HttpError(Exception):
             return {"error": f"{self.message}. {self.hint}" if self.hint else self.message}
         if shape == "openai":
             kind = "invalid_request_error" if self.status < 500 else "server_error"
-            code = "model_not_found" if self.code in ("unknown_model", "not_found") else self.code
+            code = "model_not_found" if self.code == "unknown_model" else self.code
             message = f"{self.message}. {self.hint}" if self.hint else self.message
             return {"error": {"message": message, "type": kind, "param": self.details.get("param"), "code": code}}
         error = {"code": self.code, "message": self.message, "hint": self.hint, "details": self.details}

@@ -100,7 +100,7 @@ class Names:
         for known in self.all(loaded):
             if known.name.lower() == wanted:
                 return known
-        raise HttpError(404, f"model '{name}' not found")
+        raise HttpError(404, f"model '{name}' not found", code="unknown_model", param="model")
 
     def copy(self, source: Known, name: str, **changes: object) -> None:
         """Give a model another name, and perhaps a system prompt and options.

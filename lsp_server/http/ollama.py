@@ -7,31 +7,24 @@ answers, and `keep_alive` is taken and changes nothing.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from engine.errors import PlanPatchError
-from engine.inference.protocol import (
-    Completion,
-    Engine,
-    FinishReason,
-    GenerationRequest,
-    Message,
-    Priority,
-    SamplingParams,
-)
+from engine.inference.protocol import Completion, FinishReason, GenerationRequest, Message
 from lsp_server.http.bodies import checked, read, read_json
 from lsp_server.http.cleaning import cleaned
+from lsp_server.http.embedding import embeddings
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
-from lsp_server.http.names import Known, Names, capabilities, details, model_info, rfc3339, summary, template_of
+from lsp_server.http.models import model_of, names_of, service_of
+from lsp_server.http.names import Known, capabilities, details, model_info, rfc3339, summary, template_of
 from lsp_server.http.ollama_bodies import (
     ChatBody,
     EmbedBody,
@@ -44,7 +37,7 @@ from lsp_server.http.ollama_bodies import (
 from lsp_server.http.prompting import Ask, filled, messages_of, request_of
 from lsp_server.http.responses import Json
 from lsp_server.http.sampling import Options, grammar_of
-from lsp_server.http.service import OLLAMA_VERSION, Service, tokenizer_of
+from lsp_server.http.service import OLLAMA_VERSION, Service
 from lsp_server.http.splitting import ThinkSplitter, ToolSplitter
 from lsp_server.http.tool_calls import checked_tools
 
@@ -54,19 +47,7 @@ NO_THINK_SYSTEM = "Answer directly and briefly, without explanation and without 
 _ORIGINAL_CONTEXT_CHARS = 2000
 _ORIGINAL_NUM_PREDICT = 24
 _ORIGINAL_MAX_TIME_S = 20.0
-_MOST_INPUTS = 512
 _FOREVER = "2318-01-01T00:00:00Z"
-
-
-def service_of(request: Request) -> Service:
-    """The service behind a request."""
-    return cast(Service, request.app.state.service)
-
-
-def names_of(service: Service) -> Names:
-    """The names of models that the service knows."""
-    session = service.session_of()
-    return Names(session.store, session.paths.home / "http-models.json")
 
 
 # --- discovery -------------------------------------------------------------------------------------------------------
@@ -252,10 +233,9 @@ def _model_and_options(
     service: Service, wanted: str | None, body: GenerateBody | ChatBody
 ) -> tuple[str, Known, Options]:
     """The model that is meant, and the options; without a model the original service's defaults hold."""
-    names, loaded = names_of(service), service.host.local_or_none
     if wanted is None:
         name = service.host.status.model
-        known = names.find(name, loaded) if name else None
+        known = names_of(service).find(name, service.host.local_or_none) if name else None
         if known is None:
             raise HttpError(503, service.host.status.message or "the model is loading", code="loading")
         given = body.options.model_dump(exclude_unset=True)
@@ -266,26 +246,11 @@ def _model_and_options(
         if body.stop_think:
             options = options.model_copy(update={"stop": [*options.stop_strings, "</think>"]})
         return name, known, options
-    if not wanted:
-        raise HttpError(400, "model is required", param="model")
-    known = names.find(wanted, loaded)
-    _check_is_held(service, known, wanted)
+    known = model_of(service, wanted)
     if not known.parameters:
         return wanted, known, body.options
     given = body.options.model_dump(exclude_unset=True)
     return wanted, known, checked({**known.parameters, **given}, Options)
-
-
-def _check_is_held(service: Service, known: Known, wanted: str) -> None:
-    """One model is held; another one is not loaded for a client."""
-    status = service.host.status
-    if status.state == "ready" and status.model != known.local.name:
-        raise HttpError(
-            409,
-            f"'{wanted}' is on this machine, but {status.model} is in memory",
-            code="other_model",
-            hint=f"Ask for {status.model}, or start planpatch serve --model {known.local.name}.",
-        )
 
 
 def _thinking(name: str, known: Known, wanted: bool | None) -> bool:
@@ -425,14 +390,14 @@ async def embed(request: Request) -> Response:
     body = await read(request, EmbedBody)
     keep_alive_s(body.keep_alive)
     started_at = time.perf_counter_ns()
-    name, _ = _embedder(service, body)
+    model_of(service, body.model)
     texts = [body.input] if isinstance(body.input, str) else body.input or []
     loaded_at = time.perf_counter_ns()
     vectors, count = await unless_gone(
         request, embeddings(service, texts, "/api/embed", truncate=body.truncate, dimensions=body.dimensions)
     )
     times = {"total_duration": time.perf_counter_ns() - started_at, "load_duration": loaded_at - started_at}
-    return Json({"model": name, "embeddings": vectors, **times, "prompt_eval_count": count})
+    return Json({"model": body.model, "embeddings": vectors, **times, "prompt_eval_count": count})
 
 
 @router.post("/api/embeddings")
@@ -441,60 +406,7 @@ async def older_embeddings(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, EmbeddingsBody)
     keep_alive_s(body.keep_alive)
-    _embedder(service, body)
+    model_of(service, body.model)
     texts = [body.prompt] if body.prompt else []
     vectors, _ = await unless_gone(request, embeddings(service, texts, "/api/embeddings"))
     return Json({"embedding": vectors[0] if vectors else []})
-
-
-def _embedder(service: Service, body: EmbedBody | EmbeddingsBody) -> tuple[str, Known]:
-    if not body.model:
-        raise HttpError(400, "model is required", param="model")
-    known = names_of(service).find(body.model, service.host.local_or_none)
-    _check_is_held(service, known, body.model)
-    return body.model, known
-
-
-async def embeddings(
-    service: Service, texts: Sequence[str], path: str, *, truncate: bool = True, dimensions: int | None = None
-) -> tuple[list[list[float]], int]:
-    """Vectors of texts.
-
-    Args:
-        service: The service.
-        texts: The texts.
-        path: What was called.
-        truncate: Whether a text that is too long is cut; else it is refused.
-        dimensions: How many numbers of each vector are kept; None keeps all.
-
-    Returns:
-        The vectors, each of length 1, and how many tokens were read.
-
-    Raises:
-        HttpError: 400: too many texts, or one is too long; 503.
-    """
-    if len(texts) > _MOST_INPUTS:
-        raise HttpError(400, f"input: {len(texts)} texts; {_MOST_INPUTS} are possible at once", param="input")
-    vectors: list[list[float]] = []
-    count = 0
-    async with service.generations.call(path) as call:
-        engine = await service.engine()
-        for text in texts:
-            request = _embedding_request(engine, text, truncate=truncate)
-            completion = await service.generations.complete(engine, request, call)
-            count += completion.num_prompt_tokens
-            vectors.append(_unit(completion.embedding[: dimensions or None]))
-    return vectors, count
-
-
-def _embedding_request(engine: Engine, text: str, *, truncate: bool) -> GenerationRequest:
-    most = engine.status().context_length - 1
-    token_ids = tokenizer_of(engine).encode(text) or tokenizer_of(engine).encode(" ")
-    if len(token_ids) > most and not truncate:
-        raise HttpError(400, "the input length exceeds the context length", param="input")
-    return GenerationRequest(tuple(token_ids[:most]), SamplingParams(1), Priority.BACKGROUND, embed=True)
-
-
-def _unit(vector: Sequence[float]) -> list[float]:
-    length = math.sqrt(sum(number * number for number in vector))
-    return [number / length for number in vector] if length > 0 else list(vector)

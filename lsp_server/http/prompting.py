@@ -35,6 +35,8 @@ class Ask:
         thinking: Whether the model shall think.
         grammar: Constraint on the answer.
         top_logprobs: How many likeliest tokens to report.
+        may_shorten: Whether the oldest turns of a chat, or the beginning of a raw prompt, are left out where all does
+            not fit; else it is refused.
     """
 
     options: Options
@@ -47,6 +49,7 @@ class Ask:
     thinking: bool = False
     grammar: Grammar | None = None
     top_logprobs: int = 0
+    may_shorten: bool = True
 
 
 def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
@@ -88,6 +91,8 @@ def _token_ids(engine: Engine, ask: Ask, limit: int) -> list[int]:
         return token_ids
     if ask.raw is not None:
         token_ids = [*ask.context, *tokenizer.encode_raw(ask.raw)]
+        if len(token_ids) > most and not ask.may_shorten:
+            raise _too_long(len(token_ids), limit, "prompt")
         return token_ids[-most:]
     messages = list(ask.messages)
     while True:
@@ -97,22 +102,28 @@ def _token_ids(engine: Engine, ask: Ask, limit: int) -> list[int]:
         ]
         if len(token_ids) <= most:
             return token_ids
+        if not ask.may_shorten:
+            raise _too_long(len(token_ids), limit, "messages")
         oldest = next((place for place, one in enumerate(messages[:-1]) if one.role != "system"), None)
         if oldest is None:
             if ask.context:
                 ask = replace(ask, context=())
                 continue
-            raise HttpError(
-                400,
-                f"the prompt has {len(token_ids)} tokens; the model's context, or num_ctx, is {limit}",
-                code="context_length_exceeded",
-                param="messages",
-                num_prompt_tokens=len(token_ids),
-                limit=limit,
-            )
+            raise _too_long(len(token_ids), limit, "messages")
         del messages[oldest]
         while messages[:-1] and oldest < len(messages) - 1 and messages[oldest].role == "tool":
             del messages[oldest]  # an answer without its question
+
+
+def _too_long(num_prompt_tokens: int, limit: int, param: str) -> HttpError:
+    return HttpError(
+        400,
+        f"the prompt has {num_prompt_tokens} tokens; the model's context, or num_ctx, is {limit}",
+        code="context_length_exceeded",
+        param=param,
+        num_prompt_tokens=num_prompt_tokens,
+        limit=limit,
+    )
 
 
 def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:

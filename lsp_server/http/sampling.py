@@ -88,11 +88,12 @@ def params_of(
     )
 
 
-def grammar_of(wanted: object) -> Grammar | None:
+def grammar_of(wanted: object, param: str = "format") -> Grammar | None:
     """The grammar of a `format`: `"json"`, a JSON schema, or nothing.
 
     Args:
         wanted: What the client gave.
+        param: Which field gave it.
 
     Returns:
         The grammar; None for none.
@@ -105,16 +106,17 @@ def grammar_of(wanted: object) -> Grammar | None:
     if wanted == "json":
         return Grammar("json_schema", json.dumps({"type": "object"}))
     if not isinstance(wanted, Mapping):
-        raise HttpError(400, f'invalid format: {json.dumps(wanted)}; expected "json" or a JSON schema', param="format")
+        raise HttpError(400, f'invalid {param}: {json.dumps(wanted)}; expected "json" or a JSON schema', param=param)
     schema = cast("Mapping[str, Any]", wanted)
-    return checked_grammar(Grammar("json_schema", json.dumps(schema)))
+    return checked_grammar(Grammar("json_schema", json.dumps(schema)), param)
 
 
-def checked_grammar(grammar: Grammar) -> Grammar:
+def checked_grammar(grammar: Grammar, param: str = "format") -> Grammar:
     """A grammar that the engine can use.
 
     Args:
         grammar: The grammar.
+        param: Which field gave it.
 
     Returns:
         It.
@@ -125,8 +127,8 @@ def checked_grammar(grammar: Grammar) -> Grammar:
     from engine.inference.grammar import grammar_fault
 
     if len(grammar.text) > _MAX_GRAMMAR_BYTES:
-        raise HttpError(400, f"the format is longer than {_MAX_GRAMMAR_BYTES:,} characters", param="format")
+        raise HttpError(400, f"the {param} is longer than {_MAX_GRAMMAR_BYTES:,} characters", param=param)
     fault = grammar_fault(grammar)
     if fault:
-        raise HttpError(400, f"invalid JSON schema in format: {fault}", param="format")
+        raise HttpError(400, f"invalid JSON schema in {param}: {fault}", param=param)
     return grammar
