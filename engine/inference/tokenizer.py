@@ -97,6 +97,7 @@ class HFChatTokenizer:
         self._config = _read_json(folder / "tokenizer_config.json", missing_ok=True)
         self._added = _added_tokens(spec)
         self._added_ids = {token.content.strip(): token.id for token in self._added if token.content.strip()}
+        self._names = {token.id: token.content for token in self._added}
         self._special_ids = frozenset(token.id for token in self._added if token.special)
         self._guarded_ids = frozenset(token.id for token in self._added if token.content.strip())
         self._added_pattern = _added_pattern(self._added)
@@ -139,6 +140,11 @@ class HFChatTokenizer:
             known = b"" if token is None else _token_to_bytes(token, self._byte_level)
             self._bytes_of[token_id] = known
         return known
+
+    def token_text(self, token_id: int) -> str:
+        """A token as a person reads it: special ones by their name, bytes that are no whole character as U+FFFD."""
+        name = self._names.get(token_id, "") if token_id in self._special_ids else ""
+        return name or self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_id(self, token: str) -> int | None:
         """Id of an added token such as `<|im_end|>`; None if the tokenizer has no such token."""

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from engine.errors import PlanPatchError
-from lsp_server.http import edits, ollama, ollama_store
+from lsp_server.http import edits, ollama, ollama_store, openai_api
 from lsp_server.http.errors import HttpError
 from lsp_server.http.guard import Guard
 from lsp_server.http.responses import Json
@@ -42,6 +42,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(edits.router, tags=["planpatch"])
     app.include_router(ollama.router, tags=["ollama"])
     app.include_router(ollama_store.router, tags=["ollama"])
+    app.include_router(openai_api.router, tags=["openai"])
     settings = service.settings
     app.add_middleware(Guard, token=settings.token, origins=settings.origins)
     app.add_exception_handler(HttpError, _http_error)

@@ -22,8 +22,8 @@ from engine.inference.store import Progress
 from lsp_server.http.bodies import checked, read, read_json
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
+from lsp_server.http.models import names_of, service_of
 from lsp_server.http.names import digest_of
-from lsp_server.http.ollama import names_of, service_of
 from lsp_server.http.ollama_bodies import CopyBody, CreateBody, PullBody
 from lsp_server.http.prompting import filled
 from lsp_server.http.responses import Json
