@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import hypothesis
 import pytest
 
 from engine.inference.loading import set_runtime_defaults
+from tests.homes import make_home
 from tests.results import Figure, Run, write_summary
 from tests.steering import TEST_MODEL
 
@@ -161,24 +161,10 @@ def model_folder_05b(test_home: Path) -> Path:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_home: Path) -> Path:
     """A fresh PLANPATCH_HOME that shares the pulled models."""
-    folder = tmp_path / "planpatch home"
-    folder.mkdir(mode=0o700)
-    (test_home / "models").mkdir(parents=True, exist_ok=True)
-    _link_folder(folder / "models", test_home / "models")
-    (folder / "planpatch.toml").touch()
+    folder = make_home(tmp_path / "planpatch home", test_home)
     monkeypatch.setenv("PLANPATCH_HOME", str(folder))
     monkeypatch.setenv("PLANPATCH_CONFIG", str(folder / "planpatch.toml"))
     return folder
-
-
-def _link_folder(link: Path, target: Path) -> None:
-    """Link a folder; on Windows a junction, which needs no privilege."""
-    if sys.platform == "win32":
-        import _winapi
-
-        _winapi.CreateJunction(str(target), str(link))
-    else:
-        link.symlink_to(target, target_is_directory=True)
 
 
 @pytest.fixture
