@@ -19,6 +19,7 @@ class ThinkSplitter:
     def __init__(self, wanted: bool) -> None:
         self._state = "start" if wanted else "answer"
         self._held = ""
+        self._is_at_begin = False  # of the thinking, or of the answer behind it: line ends there are left out
 
     def push(self, text: str) -> tuple[str, str]:
         """Take text in.
@@ -34,21 +35,32 @@ class ThinkSplitter:
         if self._state == "start":
             begun = self._held.lstrip()
             if begun.startswith(_BEGIN):
-                self._state, self._held = "thinking", begun[len(_BEGIN) :].lstrip("\n")
+                self._state, self._held, self._is_at_begin = "thinking", begun[len(_BEGIN) :], True
             elif not _BEGIN.startswith(begun):
                 self._state = "answer"
         if self._state == "thinking":
+            self._skip_line_ends()
             before, mark, after = self._held.partition(_END)
             if mark:
-                self._state, self._held = "answer", after.lstrip("\n")
-                return before.rstrip("\n"), self._take(len(self._held))
-            thinking = self._take(len(self._held) - _num_held(self._held, _END))
-        return thinking, self._take(len(self._held)) if self._state == "answer" else ""
+                thinking = before.rstrip("\n")
+                self._state, self._held, self._is_at_begin = "answer", after, True
+            else:
+                may_go_out = self._held[: len(self._held) - _num_held(self._held, _END)]
+                thinking = self._take(len(may_go_out.rstrip("\n")))
+        if self._state != "answer":
+            return thinking, ""
+        self._skip_line_ends()
+        return thinking, self._take(len(self._held))
 
     def flush(self) -> tuple[str, str]:
         """What is left, at the end."""
         rest = self._take(len(self._held))
         return (rest, "") if self._state == "thinking" else ("", rest)
+
+    def _skip_line_ends(self) -> None:
+        if self._is_at_begin:
+            self._held = self._held.lstrip("\n")
+            self._is_at_begin = not self._held
 
     def _take(self, length: int) -> str:
         taken, self._held = self._held[:length], self._held[length:]
