@@ -14,6 +14,7 @@ _NAME = re.compile(r"[\w./:-]{1,128}")
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n\s*```\s*\Z", re.DOTALL)
 OPENING = "<tool_call>"
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +90,18 @@ def find_calls(text: str, names: Collection[str]) -> tuple[str, list[FoundCall]]
 
 
 def _calls_in(text: str, names: Collection[str]) -> list[FoundCall]:
-    try:
-        found: object = json.loads(text)
-    except ValueError:
-        return []
-    items = cast("list[object]", found) if isinstance(found, list) else [found]
-    calls = [_call_of(item, names) for item in items]
-    return [call for call in calls if call is not None] if all(calls) else []
+    """The calls that a text consists of: JSON objects, or lists of them, one after the other."""
+    items: list[object] = []
+    rest = text.strip()
+    while rest:
+        try:
+            found, end = _DECODER.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        items += cast("list[object]", found) if isinstance(found, list) else [found]
+        rest = rest[end:].lstrip()
+    calls = [call for item in items if (call := _call_of(item, names)) is not None]
+    return calls if len(calls) == len(items) else []
 
 
 def _call_of(item: object, names: Collection[str]) -> FoundCall | None:
