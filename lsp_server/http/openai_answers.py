@@ -236,6 +236,7 @@ class Turn:
         form: How choices are written.
         num_choices: How many choices each prompt has.
         tool_names: The tools that may be called.
+        most_calls: How many calls one answer may have; None for any number.
         with_usage: Whether a stream ends with a count of the tokens.
         id: Names the answer.
         created: When it was asked for, seconds since the epoch.
@@ -247,6 +248,7 @@ class Turn:
     form: Form
     num_choices: int = 1
     tool_names: tuple[str, ...] = ()
+    most_calls: int | None = None
     with_usage: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -375,7 +377,7 @@ async def _pieces_of_one(service: Service, engine: Engine, call: Call, turn: Tur
     rest, calls = _flush_tools(tools, text)
     scored = scores.take_last(completion)
     if thought or rest or calls or scored:
-        yield Piece(text=rest, thought=thought, calls=tuple(calls), scored=scored)
+        yield Piece(text=rest, thought=thought, calls=tuple(calls[: turn.most_calls]), scored=scored)
     reason = "stop" if completion.finish_reason is FinishReason.STOP else "length"
     yield Piece(finish_reason="tool_calls" if calls else reason, completion=completion)
 

@@ -106,6 +106,7 @@ async def chat_completions(request: Request) -> Response:
         ChatForm(body.logprobs, num_top),
         num_choices=body.n,
         tool_names=shape.tool_names,
+        most_calls=None if body.parallel_tool_calls else 1,
         with_usage=body.with_usage,
     )
     return await _answer(service, request, turn, body.stream)
