@@ -39,6 +39,7 @@ from tests.tiny_model import tiny_model_files, write_files
 MODEL = "qwen2.5-coder-0.5b-instruct"
 SCRIPTED = "scripted"
 TOOLS_TEMPLATE = (
+    "{% if enable_thinking %}{% endif %}"
     "{% if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
@@ -74,9 +75,11 @@ def serve_05b(test_home: Path, folder: Path, *options: str) -> Iterator[str]:
     ):
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, (folder / "stderr.txt").read_text(encoding="utf-8")
-            yield json.loads(line)["url"]
+            lines = b""
+            while not lines.rstrip().endswith(b"}"):
+                lines += (line := process.stdout.readline())
+                assert line, (folder / "stderr.txt").read_text(encoding="utf-8")
+            yield json.loads(lines)["url"]
         finally:
             process.terminate()
             process.wait(30)
@@ -91,7 +94,7 @@ class ScriptedChat(ScriptedEngine):
 
     Args:
         script: The answers.
-        folder: Where the model's folder is made; it has tools, and can fill in the middle.
+        folder: Where the model's folder is made; it has tools and thinking, and can fill in the middle.
         context_length: Most tokens of prompt and answer.
     """
 

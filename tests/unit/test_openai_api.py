@@ -7,6 +7,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from engine.errors import EngineError
 from engine.inference.grammar import grammar_fault
 from engine.inference.protocol import FinishReason, Grammar
 from lsp_server.http.openai_bodies import answer_schema
+from lsp_server.http.splitting import ThinkSplitter
+from lsp_server.http.tool_calls import find_calls
 from tests.http_server import SCRIPTED, ScriptedChat, call, events, listen
 from tests.scripted_engine import Reply, Script
 
@@ -57,17 +60,24 @@ class Server:
         return self.engine.requests[-1].params
 
 
+def start(stack: ExitStack, folder: Path, script: Script, context_length: int = 1_000_000, **options: Any) -> Server:
+    engine = ScriptedChat(script, folder, context_length=context_length)
+    url = stack.enter_context(listen(engine, folder, **options))
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="whatever", max_retries=0, timeout=30)
+    return Server(engine, url, stack.enter_context(client))
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     with ExitStack() as stack:
+        yield partial(start, stack, tmp_path)
 
-        def serve(script: Script, *, context_length: int = 1_000_000, **options: Any) -> Server:
-            engine = ScriptedChat(script, tmp_path, context_length=context_length)
-            url = stack.enter_context(listen(engine, tmp_path, **options))
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="whatever", max_retries=0, timeout=30)
-            return Server(engine, url, stack.enter_context(client))
 
-        yield serve
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose model is never asked."""
+    with ExitStack() as stack:
+        yield start(stack, tmp_path_factory.mktemp("home"), [])
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -83,8 +93,8 @@ def test_models_are_listed_found_and_not_found(serve: Callable[..., Server]) -> 
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_errors_take_openais_shape(serve: Callable[..., Server]) -> None:
-    server = serve([])
+def test_errors_take_openais_shape(silent: Server) -> None:
+    server = silent
     assert server.fault("chat/completions", **{**CHAT, "model": "gpt-4"}) == (404, "model", "model 'gpt-4' not found")
     assert server.fault("nothing") == (404, None, "404 page not found")
     assert call(f"{server.url}/v1/nothing")[1]["error"]["code"] == "not_found"
@@ -164,6 +174,49 @@ def test_several_choices_have_seeds_that_follow(serve: Callable[..., Server]) ->
     assert told == [(0, None), (0, None), (0, "stop"), (1, None), (1, None), (1, "stop")]
 
 
+def test_a_copy_brings_its_system_prompt_and_options(serve: Callable[..., Server], tmp_path: Path) -> None:
+    copy = {"from": "scripted:latest", "system": "Be kind.", "parameters": {"temperature": 0.25, "stop": ["END"]}}
+    (tmp_path / "http-models.json").write_text(json.dumps({"kind:latest": copy}), encoding="utf-8")
+    server = serve(["yes END", "no"])
+    _, answer = server.post("chat/completions", model="kind", messages=HI)
+    assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("kind", "yes ")
+    assert server.engine.prompts == ["system\nBe kind.\nuser\nhi\nassistant\n"]
+    assert (server.params.temperature, server.params.top_k) == (0.25, 0)
+    server.post("chat/completions", model="kind", messages=[{"role": "system", "content": "Be short."}], temperature=2)
+    assert server.engine.prompts[1] == "system\nBe short.\nassistant\n"
+    assert server.params.temperature == 2
+
+
+def test_thinking_is_told_apart_where_it_is_asked_for(serve: Callable[..., Server]) -> None:
+    server = serve(["<think>\nhm\n</think>\n\nyes"] * 3)
+    _, answer = server.post("chat/completions", **CHAT, reasoning_effort="low")
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "yes", "reasoning": "hm"}
+    deltas = [
+        chunk["choices"][0]["delta"] for chunk in server.stream("chat/completions", **CHAT, reasoning_effort="low")
+    ]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "hm"
+    assert "".join(delta.get("content", "") for delta in deltas) == "yes"
+    _, answer = server.post("chat/completions", **CHAT, reasoning_effort="none")
+    assert answer["choices"][0]["message"]["content"].startswith("<think>")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        ("<think>\nhm\n\nso\n</think>\n\nyes\n", "hm\n\nso", "yes\n"),
+        ("\n<think>\n\n</think>\n\n  yes", "", "  yes"),
+        ("<think>a < b </thin", "a < b </thin", ""),
+        ("<thing>\n", "", "<thing>\n"),
+        ("\n\nyes", "", "\n\nyes"),
+    ],
+)
+def test_thinking_is_told_apart_however_it_is_cut(size: int, text: str, thinking: str, answer: str) -> None:
+    splitter = ThinkSplitter(True)
+    parts = [splitter.push(text[start : start + size]) for start in range(0, len(text), size)] + [splitter.flush()]
+    assert tuple("".join(part) for part in zip(*parts, strict=True)) == (thinking, answer)
+
+
 @pytest.mark.parametrize(
     ("wrong", "param", "message"),
     [
@@ -212,16 +265,16 @@ def test_several_choices_have_seeds_that_follow(serve: Callable[..., Server]) ->
         ),
     ],
 )
-def test_a_wrong_field_is_named(serve: Callable[..., Server], wrong: Any, param: str, message: str) -> None:
-    status, found, said = serve([]).fault("chat/completions", **{**CHAT, **wrong})
+def test_a_wrong_field_is_named(silent: Server, wrong: Any, param: str, message: str) -> None:
+    status, found, said = silent.fault("chat/completions", **{**CHAT, **wrong})
     assert (status, found) == (400, param)
     assert message in said
 
 
-def test_an_image_is_refused_clearly(serve: Callable[..., Server]) -> None:
+def test_an_image_is_refused_clearly(silent: Server) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "what is this?"}, image]}]
-    assert serve([]).fault("chat/completions", model=SCRIPTED, messages=messages) == (
+    assert silent.fault("chat/completions", model=SCRIPTED, messages=messages) == (
         400,
         "messages.0.content.1",
         'messages.0.content.1: parts of type "image_url" are not supported; the model reads text',
@@ -308,7 +361,7 @@ def test_a_tool_call_is_told_in_openais_shape(serve: Callable[..., Server]) -> N
 
 
 def test_tool_calls_are_streamed_with_their_places(serve: Callable[..., Server]) -> None:
-    server = serve([f"{CALL}\n{CALL}"])
+    server = serve([f"{CALL}\n{CALL}"] * 2)
     chunks = server.stream("chat/completions", **CHAT, tools=[WEATHER])
     calls = [one for chunk in chunks for one in chunk["choices"][0]["delta"].get("tool_calls", [])]
     assert [(one["index"], one["type"], json.loads(one["function"]["arguments"])) for one in calls] == [
@@ -318,6 +371,16 @@ def test_tool_calls_are_streamed_with_their_places(serve: Callable[..., Server])
     assert len({one["id"] for one in calls}) == 2
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).strip() == ""
+    _, answer = server.post("chat/completions", **CHAT, tools=[WEATHER], parallel_tool_calls=False)
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+
+
+def test_calls_may_stand_bare_one_after_the_other() -> None:
+    one, two = '{"name": "time", "arguments": {}}', '{"name": "weather", "parameters": {"city": "Bern"}}'
+    text, calls = find_calls(f"{one}\n{two}\n", ["time", "weather"])
+    assert (text, [call.name for call in calls]) == ("", ["time", "weather"])
+    for text in (f"{one}\n{two[:-1]}", f"{one} and so on", f"{one}\n{{}}", ""):
+        assert find_calls(text, ["time", "weather"]) == (text, [])
 
 
 def test_turns_of_tools_are_part_of_the_history(serve: Callable[..., Server]) -> None:
@@ -421,8 +484,8 @@ def test_max_tokens_0_only_counts(serve: Callable[..., Server]) -> None:
         ({"prompt": "a", "logprobs": True}, "logprobs"),
     ],
 )
-def test_a_wrong_completion_is_named(serve: Callable[..., Server], wrong: Any, param: str) -> None:
-    assert serve([]).fault("completions", model=SCRIPTED, **wrong)[:2] == (400, param)
+def test_a_wrong_completion_is_named(silent: Server, wrong: Any, param: str) -> None:
+    assert silent.fault("completions", model=SCRIPTED, **wrong)[:2] == (400, param)
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
