@@ -410,7 +410,8 @@ def test_a_choice_of_tools_is_forced_by_a_grammar(serve: Callable[..., Server]) 
         assert [way["properties"]["name"]["const"] for way in ways] == callable_
     _, answer = server.post("chat/completions", **CHAT, tools=[WEATHER], tool_choice="none")
     assert "tool_calls" not in answer["choices"][0]["message"]
-    assert server.params.grammar is None
+    params = server.params
+    assert params.grammar is None
     assert "weather" not in server.engine.prompts[-1]
     server.post("chat/completions", **CHAT, tools=[WEATHER], response_format={"type": "json_object"})
     assert len(json.loads(server.params.grammar.text)["anyOf"]) == 2
