@@ -34,7 +34,9 @@ PERSON = {
 
 
 @pytest.fixture(scope="module")
-def client(test_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+def client(
+    test_home: Path, model_folder_05b: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[openai.OpenAI]:
     with (
         serve_05b(test_home, tmp_path_factory.mktemp("http")) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120) as client,
