@@ -33,7 +33,6 @@ from lsp_server.session import Session
 from lsp_server.settings import Settings
 from tests.homes import make_home
 from tests.scripted_engine import Script, ScriptedEngine
-from tests.steering import TEST_MODEL
 from tests.tiny_model import tiny_model_files, write_files
 
 MODEL = "qwen2.5-coder-0.5b-instruct"
@@ -65,7 +64,7 @@ def serve_05b(test_home: Path, folder: Path, *options: str) -> Iterator[str]:
     """
     home = make_home(folder / "planpatch home", test_home)
     command = [sys.executable, "-I", "-X", "utf8", "-m", "lsp_server", "serve", "--port", "0", "--json"]
-    model = ["--model", TEST_MODEL or MODEL, "--device", "cpu", "--quantization", "bf16"]
+    model = ["--model", MODEL, "--device", "cpu", "--quantization", "bf16"]
     environ = {**os.environ, "PLANPATCH_HOME": str(home), "PLANPATCH_CONFIG": str(home / "planpatch.toml")}
     with (
         (folder / "stderr.txt").open("w+", encoding="utf-8") as said,
