@@ -107,6 +107,7 @@ async def health(request: Request) -> Response:
         {
             "status": "ok" if status is not None else host.state,
             "message": host.message,
+            "hint": host.hint,
             "model_loaded": status is not None,
             "model": status.model if status is not None else host.model,
             "quantization": status.quantization if status is not None else settings.quantization,

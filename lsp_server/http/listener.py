@@ -44,7 +44,16 @@ class Address:
     @property
     def url(self) -> str:
         """Its URL."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return _url(self.host, self.port)
+
+    @property
+    def local_url(self) -> str:
+        """The URL for a browser on this machine; not every browser opens 0.0.0.0."""
+        return _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class TakenError(EnvironmentFault):
