@@ -150,6 +150,7 @@ class Listener:
         self._socket = bound
         self._runtime_file = runtime_file
         self._server: uvicorn.Server | None = None
+        self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="planpatch-http", daemon=True)
 
     def start(self) -> None:
@@ -159,6 +160,7 @@ class Listener:
 
     def close(self) -> None:
         """End every connection and give the port back."""
+        self._is_closing = True  # before the server is looked at: it may not be there yet
         if self._server is not None:
             self._server.should_exit = True
         self._thread.join(_END_S)
@@ -184,6 +186,7 @@ class Listener:
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
+        self._server.should_exit = self._is_closing
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         except Exception:
