@@ -6,8 +6,8 @@
         page.click("button")
         assert page.problems == []
 
-The pipe carries the DevTools protocol: JSON objects, each ended by a NUL byte, on the file descriptors 3 and 4. It needs
-no port and no websocket, and Chromium ends when it is closed. Linux alone; used from one thread.
+The pipe carries the DevTools protocol: JSON objects, each ended by a NUL byte, on the file descriptors 3 and 4. It
+needs no port and no websocket, and Chromium ends when it is closed. Linux alone; used from one thread.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ _FLAGS = (
     "--force-color-profile=srgb",
     "--hide-scrollbars",
 )
+_TELL_VIOLATIONS = """
+document.addEventListener("securitypolicyviolation", (event) => console.error("policy: " + event.effectiveDirective));
+"""
 _KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32}
 
 
@@ -92,14 +95,21 @@ class Chromium:
 
     def open(self, url: str, *, width: int = 1000, height: int = 900) -> Page:
         """A new tab at an address; what goes wrong from its first request on is noted."""
-        target = self.command("Target.createTarget", {"url": "about:blank", "width": width, "height": height})
+        target = self.command("Target.createTarget", {"url": "about:blank", "newWindow": True})
         attached = self.command("Target.attachToTarget", {"targetId": target["targetId"], "flatten": True})
         page = self._pages[attached["sessionId"]] = Page(self, attached["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             page.command(f"{domain}.enable")
+        page.command("Page.addScriptToEvaluateOnNewDocument", {"source": _TELL_VIOLATIONS})
         page.look(width=width, height=height)
         page.go(url)
         return page
+
+    def close_pages(self) -> None:
+        """Close every tab that was opened, with what it stored for its time."""
+        while self._pages:
+            _, page = self._pages.popitem()
+            page.command("Page.close")
 
     def command(self, method: str, parameters: dict[str, Any], session: str = "") -> dict[str, Any]:
         """Do something and return what it gives; events that come meanwhile go to their pages."""
@@ -149,7 +159,7 @@ class Page:
         """Take an event in."""
         match method:
             case "Runtime.consoleAPICalled" if facts["type"] in ("error", "warning", "assert"):
-                self.problems.append(f"console: {facts['args']}")
+                self.problems.append(f"console: {[argument.get('value') for argument in facts['args']]}")
             case "Runtime.exceptionThrown":
                 self.problems.append(f"exception: {facts['exceptionDetails']}")
             case "Log.entryAdded" if facts["entry"]["level"] in ("error", "warning"):
@@ -157,7 +167,7 @@ class Page:
             case "Audits.issueAdded":
                 self.problems.append(f"issue: {facts['issue']}")
             case "Network.requestWillBeSent":
-                self.requests.append(facts["request"]["url"] + facts["request"].get("urlFragment", ""))
+                self.requests.append(facts["request"]["url"])
             case _:
                 pass
 
@@ -167,11 +177,12 @@ class Page:
         assert not told.get("errorText"), told
         self.wait_for("document.readyState === 'complete'")
 
-    def evaluate(self, expression: str) -> Any:
-        """The value of an expression of JavaScript; a promise is awaited."""
+    def evaluate(self, expression: str, *, may_throw: bool = False) -> Any:
+        """The value of an expression of JavaScript, under the page's policy; a promise is awaited."""
         wanted = {"expression": expression, "awaitPromise": True, "returnByValue": True, "userGesture": True}
+        wanted |= {"allowUnsafeEvalBlockedByCSP": False}
         told = self.command("Runtime.evaluate", wanted)
-        assert "exceptionDetails" not in told, told["exceptionDetails"]
+        assert may_throw or "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
     def wait_for(self, expression: str, limit_s: float = LIMIT_S) -> None:
@@ -218,6 +229,9 @@ class Page:
 
     def screenshot(self, path: Path) -> Path:
         """The whole page as a PNG."""
-        told = self.command("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
+        size = self.command("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        wanted = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+        told = self.command("Page.captureScreenshot", wanted)
         path.write_bytes(base64.b64decode(told["data"]))
         return path

@@ -3,7 +3,7 @@
     python tests/editors/chromium.py           install it if it is missing; needs root or a sudo that asks nothing
     python tests/editors/chromium.py --check   say whether it is there; exit code 1 if not
 
-Standard library only. Elsewhere install Chromium or Chrome by hand, or name one in PLANPATCH_CHROMIUM; the test finds it.
+Standard library only. Elsewhere install Chromium or Chrome by hand, or name one in PLANPATCH_CHROMIUM.
 """
 
 from __future__ import annotations
