@@ -352,6 +352,21 @@ def test_a_roll_back_that_is_refused_says_why_and_what_to_do(chromium: Chromium,
     assert page.text(f"{ENTRY} [role=alert]") == told
 
 
+def test_an_editor_that_does_not_make_the_change_is_told(chromium: Chromium, served: Served) -> None:
+    async def turn(turn: str, patch_id: str) -> dict[str, Any]:
+        return {"ok": False, "patchId": patch_id, "patchState": "applied"}
+
+    served.service.turn = turn
+    _, file = served.apply()
+    patched = file.read_bytes()
+    page = chromium.open(served.page_with_token)
+    page.wait_for(is_shown(ROLL_BACK))
+    page.click(ROLL_BACK)
+    page.click("#ask-yes")
+    page.wait_for(says(ENTRY, "The editor that has the file open did not make the change as asked; look at the file."))
+    assert file.read_bytes() == patched
+
+
 # --- what is hostile, wrong or gone ----------------------------------------------------------------------------------
 
 
