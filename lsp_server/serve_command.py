@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from lsp_server.http.service import Service
 from lsp_server.model_host import HostStatus, ModelHost
 from lsp_server.records import Records
 from lsp_server.session import Session
+
+# They run no script, and take the terminal over.
+_TEXT_BROWSERS = ("elinks", "links", "links2", "lynx", "w3m", "www-browser")
 
 
 def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -> None:
@@ -53,9 +57,7 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
     listener.start()
     _say_where(listener, root, as_json)
     if open_page:
-        import webbrowser
-
-        webbrowser.open(f"{listener.address.url}/status#{service.token}")
+        threading.Thread(target=_open_page, args=(listener, service.token, paths.runtime_file), daemon=True).start()
     try:
         while not stop.wait(0.5):
             pass
@@ -65,6 +67,18 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         listener.close()
         parsers.close()
         records.close()
+
+
+def _open_page(listener: Listener, token: str, runtime_file: Path) -> None:
+    """Open the status page; on a thread of its own, since some browsers are waited for. The token is never printed."""
+    import webbrowser
+
+    url = f"{listener.address.local_url}/status"
+    with suppress(webbrowser.Error, OSError):
+        browser = webbrowser.get()
+        if Path(str(getattr(browser, "name", ""))).name not in _TEXT_BROWSERS and browser.open(f"{url}#{token}"):
+            return
+    console.say(f"no browser could be opened: open {url}, and paste the token from {escape(str(runtime_file))}")
 
 
 def root_of(session: Session) -> Path | None:

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from engine.errors import PlanPatchError
-from lsp_server.http import edits, ollama, ollama_store, openai_api
+from lsp_server.http import edits, ollama, ollama_store, openai_api, status_page
 from lsp_server.http.errors import HttpError
 from lsp_server.http.guard import Guard
 from lsp_server.http.responses import Json
@@ -43,8 +43,9 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(ollama.router, tags=["ollama"])
     app.include_router(ollama_store.router, tags=["ollama"])
     app.include_router(openai_api.router, tags=["openai"])
+    app.include_router(status_page.router, tags=["planpatch"])
     settings = service.settings
-    app.add_middleware(Guard, token=settings.token, origins=settings.origins)
+    app.add_middleware(Guard, token=settings.token, runtime_token=service.token, origins=settings.origins)
     app.add_exception_handler(HttpError, _http_error)
     app.add_exception_handler(PlanPatchError, _our_error)
     app.add_exception_handler(HTTPException, _routing_error)

@@ -22,7 +22,7 @@ from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import PlanRecord
-from engine.patching.patcher import Patcher, Plan, check_intent
+from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import MAX_SOURCE_BYTES, Source
@@ -107,6 +107,7 @@ async def health(request: Request) -> Response:
         {
             "status": "ok" if status is not None else host.state,
             "message": host.message,
+            "hint": host.hint,
             "model_loaded": status is not None,
             "model": status.model if status is not None else host.model,
             "quantization": status.quantization if status is not None else settings.quantization,
@@ -147,6 +148,7 @@ async def plan(request: Request) -> Response:
 
     async with service.generations.call("/plan") as call:
         made = await unless_gone(request, _generate(service, work, call))
+        call.num_tokens = made.timings.num_tokens
     return Json({"plan": made.to_json(), "timings": made.timings.to_json()})
 
 
@@ -163,12 +165,13 @@ async def patch_smart(request: Request) -> Response:
     feedback = Feedback(body.feedback.reason, body.feedback.hint) if body.feedback is not None else None
     del engine
 
-    def work(patcher: Patcher) -> dict[str, Any]:
-        made = patcher.patch(source, scope, record.intent, plan=planned, feedback=feedback, fresh=body.fresh)
-        return made.to_json()
+    def work(patcher: Patcher) -> Patch:
+        return patcher.patch(source, scope, record.intent, plan=planned, feedback=feedback, fresh=body.fresh)
 
     async with service.generations.call("/patch_smart") as call:
-        return Json(await unless_gone(request, _generate(service, work, call)))
+        made = await unless_gone(request, _generate(service, work, call))
+        call.num_tokens = 0 if made.is_known else made.timings.num_tokens
+    return Json(made.to_json())
 
 
 async def _generate(service: Service, work: Callable[[Patcher], T], call: Call) -> T:

@@ -38,7 +38,7 @@ class Call:
         path: What was called.
         started_at: Seconds since the epoch.
         state: `waiting`, `running`, `done`, `failed` or `gone`.
-        seconds: How long it took, once it ended.
+        seconds: How long it took; 0 until it ended.
         num_tokens: Tokens that were generated.
     """
 
@@ -50,13 +50,15 @@ class Call:
     num_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The call for programs."""
+        """The call for programs; the seconds of one that did not end are those until now."""
+        has_ended = self.state not in ("waiting", "running")
+        seconds = self.seconds if has_ended else max(0.0, time.time() - self.started_at)
         return {
             "id": self.id,
             "path": self.path,
             "started_at": self.started_at,
             "state": self.state,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(seconds, 3),
             "num_tokens": self.num_tokens,
         }
 

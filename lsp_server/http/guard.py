@@ -26,6 +26,7 @@ _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 _APPLICATION_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 _METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 _PREFLIGHT_S = 600
+_STATUS_PAGE = "/status"  # a static file; a browser cannot send a token for it
 
 
 class Guard:
@@ -33,13 +34,15 @@ class Guard:
 
     Args:
         app: What it stands before.
-        token: Token that every request needs; empty for none.
+        token: Token that every request but the bare status page needs; empty for none.
+        runtime_token: Token of this run, which does as well.
         origins: More origins that may call, as OLLAMA_ORIGINS writes them: `https://a.example`, `*` in a place.
     """
 
-    def __init__(self, app: ASGIApp, token: str, origins: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, token: str, runtime_token: str, origins: Sequence[str]) -> None:
         self._app = app
         self._token = token
+        self._runtime_token = runtime_token
         self._origins = tuple(origins)
         self._own_names = {name.lower() for name in (socket.gethostname(), socket.getfqdn()) if name}
 
@@ -55,7 +58,8 @@ class Guard:
             return await _refuse(error, scope, send, "")
         if scope["method"] == "OPTIONS" and origin and "access-control-request-method" in headers:
             return await _answer_preflight(headers, origin, send)
-        if self._token and not has_token(headers, self._token):
+        is_open = not self._token or (scope["path"] == _STATUS_PAGE and scope["method"] == "GET")
+        if not is_open and not has_token(headers, self._token, self._runtime_token):
             error = HttpError(401, "this listener asks for a token", hint="Send Authorization: Bearer TOKEN.")
             return await _refuse(error, scope, send, origin)
 
@@ -72,7 +76,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_known_host(host):
             raise HttpError(403, f"the Host {host!r} is not this machine's")
-        if origin and not self._is_known_origin(origin):
+        if origin and origin != f"http://{host}" and not self._is_known_origin(origin):
             raise HttpError(
                 403, f"the Origin {origin!r} may not call", hint="Add it to the setting origins, if it is yours."
             )

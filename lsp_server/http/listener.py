@@ -44,7 +44,16 @@ class Address:
     @property
     def url(self) -> str:
         """Its URL."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return _url(self.host, self.port)
+
+    @property
+    def local_url(self) -> str:
+        """The URL for a browser on this machine; not every browser opens 0.0.0.0."""
+        return _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class TakenError(EnvironmentFault):
@@ -141,6 +150,7 @@ class Listener:
         self._socket = bound
         self._runtime_file = runtime_file
         self._server: uvicorn.Server | None = None
+        self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="planpatch-http", daemon=True)
 
     def start(self) -> None:
@@ -150,6 +160,7 @@ class Listener:
 
     def close(self) -> None:
         """End every connection and give the port back."""
+        self._is_closing = True  # before the server is looked at: it may not be there yet
         if self._server is not None:
             self._server.should_exit = True
         self._thread.join(_END_S)
@@ -175,6 +186,7 @@ class Listener:
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
+        self._server.should_exit = self._is_closing
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         except Exception:

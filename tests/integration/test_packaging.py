@@ -50,6 +50,7 @@ def test_the_wheel_holds_the_packages_the_data_and_the_launchers(wheel: Path) ->
         "planpatch-0.1.0.data/scripts/planpatch.cmd",
     }
     assert "engine/inference/catalogue.json" in names
+    assert "lsp_server/http/status.html" in names
     assert "planpatch-0.1.0.dist-info/licenses/LICENSE" in names
     assert "planpatch-0.1.0.dist-info/entry_points.txt" not in names
 
