@@ -22,6 +22,7 @@ from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import PlanRecord
+from engine.patching.parser_process import ParserProcess
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope, list_scopes
@@ -121,8 +122,8 @@ async def health(request: Request) -> Response:
             "context_length": status.context_length if status is not None else 0,
             "queue": {
                 "running": status.num_running if status is not None else 0,
-                "waiting": (status.num_waiting if status is not None else 0) + generations.num_waiting,
-                "limit": generations.max_running + generations.max_waiting,
+                "waiting": (status.num_waiting if status is not None else 0) + generations.slots.num_waiting,
+                "limit": generations.slots.max_running + generations.slots.max_waiting,
             },
             "version": service.version,
         }
@@ -180,19 +181,16 @@ async def _generate(service: Service, work: Callable[[Patcher], T], call: Call) 
     is_cancelled = threading.Event()
     mine = CancellableEngine(engine, is_cancelled)
     options = patcher_options(service.settings, "http", on_gpu=engine.status().device != "cpu")
-    patcher = Patcher(mine, await service.records.ledger(), options, service.parsers)
+    prove = service.parsers.cancellable(is_cancelled) if isinstance(service.parsers, ParserProcess) else None
+    patcher = Patcher(mine, await service.records.ledger(), options, prove or service.parsers)
 
-    async def run() -> T:
-        running = asyncio.ensure_future(asyncio.to_thread(work, patcher))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            is_cancelled.set()
-            mine.cancel_all()
-            await asyncio.wait({running})
-            raise
+    def cancel() -> None:
+        is_cancelled.set()
+        mine.cancel_all()
+        if prove is not None:
+            prove.cancel()
 
-    return await service.generations.on_slot(run, call)
+    return await service.generations.edit(lambda: work(patcher), cancel, call)
 
 
 async def _planned(service: Service, plan_id: str) -> PlanRecord:

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 MAX_RUNNING = 8
 MAX_WAITING = 32
+MAX_EDITS_RUNNING = 2
+MAX_EDITS_WAITING = 16
 _MOST_RECENT = 20
 
 
@@ -63,8 +65,75 @@ class Call:
         }
 
 
+class Slots:
+    """Places for a bounded number of requests, given in order. Used from one event loop.
+
+    Args:
+        max_running: Requests that have one at once.
+        max_waiting: Requests that wait for one; one more is refused with 503.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.num_running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    def check_room(self) -> None:
+        """Refuse a request that would have to wait behind too many.
+
+        Raises:
+            HttpError: 503 with Retry-After.
+        """
+        if self.num_running >= self.max_running and len(self._waiting) >= self.max_waiting:
+            raise HttpError(
+                503,
+                f"server busy, please try again: {self.num_running} requests run and {len(self._waiting)} wait",
+                code="queue_full",
+                limit=self.max_running + self.max_waiting,
+            )
+
+    async def take(self) -> None:
+        """Wait for a slot.
+
+        Raises:
+            HttpError: 503: too many wait.
+        """
+        if self.num_running < self.max_running and not self._waiting:
+            self.num_running += 1
+            return
+        self.check_room()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.free()  # it was given at the very moment
+            raise
+        finally:
+            with suppress(ValueError):
+                self._waiting.remove(turn)
+
+    def free(self) -> None:
+        """Give the slot to the one that waits longest, or have it free."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.num_running -= 1
+
+
 class Generations:
     """See the module's docstring. Used from one event loop.
+
+    PLAN and PATCH have slots of their own: they are interactive, and must not wait behind chats.
 
     Args:
         max_running: Requests in the engine at once.
@@ -72,22 +141,17 @@ class Generations:
     """
 
     def __init__(self, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
-        self.max_running = max_running
-        self.max_waiting = max_waiting
-        self.num_running = 0
+        self.slots = Slots(max_running, max_waiting)
+        self.edit_slots = Slots(MAX_EDITS_RUNNING, MAX_EDITS_WAITING)
         self.recent: deque[Call] = deque(maxlen=_MOST_RECENT)
-        self._waiting: deque[asyncio.Future[None]] = deque()
         self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(max_running, "planpatch-http")
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
+        self._edit_threads = ThreadPoolExecutor(MAX_EDITS_RUNNING, "planpatch-http-edit")
 
     def close(self) -> None:
         """Give the threads up; their generations were cancelled."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._edit_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def call(self, path: str) -> AsyncGenerator[Call]:
@@ -117,20 +181,6 @@ class Generations:
         finally:
             call.seconds = time.monotonic() - started_at
 
-    def check_room(self) -> None:
-        """Refuse a request that would have to wait behind too many.
-
-        Raises:
-            HttpError: 503 with Retry-After.
-        """
-        if self.num_running >= self.max_running and len(self._waiting) >= self.max_waiting:
-            raise HttpError(
-                503,
-                f"server busy, please try again: {self.num_running} requests run and {len(self._waiting)} wait",
-                code="queue_full",
-                limit=self.max_running + self.max_waiting,
-            )
-
     async def stream(self, engine: Engine, request: GenerationRequest, call: Call) -> AsyncGenerator[Event]:
         """Generate.
 
@@ -146,13 +196,13 @@ class Generations:
             HttpError: 503: too many requests wait.
             PlanPatchError: The engine refused or failed.
         """
-        await self._take_slot()
+        await self.slots.take()
         call.state = "running"
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         try:
             request_id = engine.submit(request)  # not on a thread: a cancel must not lose the id
         except BaseException:
-            self._free_slot()
+            self.slots.free()
             raise
 
         def post(event: Event | BaseException) -> None:
@@ -167,7 +217,7 @@ class Generations:
                 post(error)
 
         pumping = loop.run_in_executor(self._threads, pump)
-        pumping.add_done_callback(lambda _: self._free_slot())
+        pumping.add_done_callback(lambda _: self.slots.free())
         try:
             while True:
                 event = await events.get()
@@ -205,11 +255,12 @@ class Generations:
             await stream.aclose()
         raise EngineError("The stream ended without a completion")
 
-    async def on_slot(self, work: Callable[[], Awaitable[T]], call: Call) -> T:
-        """Do something that generates by other means, such as a PATCH, on a slot.
+    async def edit(self, work: Callable[[], T], cancel: Callable[[], None], call: Call) -> T:
+        """Run a PLAN or PATCH on a thread and a slot of its own.
 
         Args:
-            work: Does it; it is cancelled with the caller.
+            work: Does it.
+            cancel: Makes it end soon; called when the caller is cancelled.
             call: Its note.
 
         Returns:
@@ -217,39 +268,19 @@ class Generations:
 
         Raises:
             HttpError: 503: too many requests wait.
+            PlanPatchError: Raised by the work.
         """
-        await self._take_slot()
+        await self.edit_slots.take()
         call.state = "running"
+        running = asyncio.get_running_loop().run_in_executor(self._edit_threads, work)
+        running.add_done_callback(lambda _: self.edit_slots.free())
         try:
-            return await work()
-        finally:
-            self._free_slot()
-
-    async def _take_slot(self) -> None:
-        if self.num_running < self.max_running and not self._waiting:
-            self.num_running += 1
-            return
-        self.check_room()
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._free_slot()  # it was given at the very moment
+            cancel()
+            await asyncio.wait({running})
+            running.exception()  # nobody is left to hear it
             raise
-        finally:
-            with suppress(ValueError):
-                self._waiting.remove(turn)
-
-    def _free_slot(self) -> None:
-        """Give the slot to the one that waits longest, or have it free."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.num_running -= 1
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -284,7 +284,7 @@ async def _load(service: Service, name: str, keep_alive: float | None, empty: di
 
 
 async def _answer(service: Service, request: Request, turn: Turn) -> Response:
-    service.generations.check_room()
+    service.generations.slots.check_room()
     if service.host.status.state not in ("loading", "ready"):
         service.ready_engine()
     if service.host.engine_or_none is not None:  # what is wrong with the prompt is told by a status

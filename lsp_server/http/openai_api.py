@@ -171,7 +171,7 @@ def _fingerprint(known: Known) -> str:
 
 
 async def _answer(service: Service, request: Request, turn: Turn, is_streamed: bool) -> Response:
-    service.generations.check_room()
+    service.generations.slots.check_room()
     if service.host.status.state not in ("loading", "ready"):
         service.ready_engine()
     engine = service.host.engine_or_none
