@@ -273,8 +273,7 @@ def shape_of_answer(body: ChatCompletionBody) -> Shape:
     callable_ = [tool["function"] for tool in shown if tool["function"]["name"] in allowed]
     grammar: Grammar | None = None
     if is_forced or schema is not None:
-        text = json.dumps(answer_schema(callable_, None if is_forced else schema))
-        grammar = checked_grammar(Grammar("json_schema", text), "tools")
+        grammar = checked_grammar(answer_schema(callable_, None if is_forced else schema), "tools")
     return Shape(checked_tools(shown), tuple(allowed), grammar)
 
 

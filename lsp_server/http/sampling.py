@@ -12,6 +12,7 @@ from pydantic import field_validator
 from engine.inference.protocol import Grammar, SamplingParams
 from lsp_server.http.bodies import Body, Whole
 from lsp_server.http.errors import HttpError
+from lsp_server.http.schemas import enforceable
 
 _MAX_GRAMMAR_BYTES = 200_000
 
@@ -107,28 +108,25 @@ def grammar_of(wanted: object, param: str = "format") -> Grammar | None:
         return Grammar("json_schema", json.dumps({"type": "object"}))
     if not isinstance(wanted, Mapping):
         raise HttpError(400, f'invalid {param}: {json.dumps(wanted)}; expected "json" or a JSON schema', param=param)
-    schema = cast("Mapping[str, Any]", wanted)
-    return checked_grammar(Grammar("json_schema", json.dumps(schema)), param)
+    return checked_grammar(cast("Mapping[str, Any]", wanted), param)
 
 
-def checked_grammar(grammar: Grammar, param: str = "format") -> Grammar:
-    """A grammar that the engine can use.
+def checked_grammar(schema: Mapping[str, Any], param: str = "format") -> Grammar:
+    """The grammar of a JSON schema.
 
     Args:
-        grammar: The grammar.
+        schema: The schema.
         param: Which field gave it.
 
     Returns:
-        It.
+        The grammar.
 
     Raises:
         HttpError: 400: it cannot be used, and why.
     """
-    from engine.inference.grammar import grammar_fault
-
-    if len(grammar.text) > _MAX_GRAMMAR_BYTES:
+    if len(json.dumps(schema)) > _MAX_GRAMMAR_BYTES:
         raise HttpError(400, f"the {param} is longer than {_MAX_GRAMMAR_BYTES:,} characters", param=param)
-    fault = grammar_fault(grammar)
+    grammar, fault = enforceable(schema)
     if fault:
         raise HttpError(400, f"invalid JSON schema in {param}: {fault}", param=param)
     return grammar
