@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.markup import escape
 
 from engine.errors import PathError
 from engine.patching.parser_process import ParserProcess
 from lsp_server import console
-from lsp_server.http.listener import Listener, bind, new_token
+from lsp_server.http.listener import Listener, TakenError, bind, new_token
 from lsp_server.http.service import Service
 from lsp_server.model_host import HostStatus, ModelHost
 from lsp_server.records import Records
@@ -26,7 +27,7 @@ _TEXT_BROWSERS = ("elinks", "links", "links2", "lynx", "w3m", "www-browser")
 
 
 def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM. Where a server of this home has the port already, its status page is opened.
 
     Args:
         session: Settings and store.
@@ -40,7 +41,15 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
     """
     settings, paths = session.settings, session.paths
     root = root_of(session)
-    bound = bind(settings.host, settings.port, has_token=bool(settings.token), runtime_file=paths.runtime_file)
+    try:
+        bound = bind(settings.host, settings.port, has_token=bool(settings.token), runtime_file=paths.runtime_file)
+    except TakenError as error:
+        if not (open_page and error.details.get("holder_is_planpatch")):
+            raise
+        url, token = _running(paths.runtime_file)
+        console.say(f"a PlanPatch server already listens on {escape(url)} (process {error.details['holder']})")
+        _open_page(url, token, paths.runtime_file)
+        return
     host = ModelHost(_told())
     parsers = ParserProcess()
     records = Records(session.ledger)
@@ -57,7 +66,8 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
     listener.start()
     _say_where(listener, root, as_json)
     if open_page:
-        threading.Thread(target=_open_page, args=(listener, service.token, paths.runtime_file), daemon=True).start()
+        arguments = (listener.address.local_url, service.token, paths.runtime_file)
+        threading.Thread(target=_open_page, args=arguments, daemon=True).start()
     try:
         while not stop.wait(0.5):
             pass
@@ -69,11 +79,17 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         records.close()
 
 
-def _open_page(listener: Listener, token: str, runtime_file: Path) -> None:
+def _running(runtime_file: Path) -> tuple[str, str]:
+    """URL and token of the server that runs."""
+    facts = cast("dict[str, object]", json.loads(runtime_file.read_text(encoding="utf-8")))
+    return str(facts["url"]), str(facts["token"])
+
+
+def _open_page(url: str, token: str, runtime_file: Path) -> None:
     """Open the status page; on a thread of its own, since some browsers are waited for. The token is never printed."""
     import webbrowser
 
-    url = f"{listener.address.local_url}/status"
+    url = f"{url}/status"
     with suppress(webbrowser.Error, OSError):
         browser = webbrowser.get()
         if Path(str(getattr(browser, "name", ""))).name not in _TEXT_BROWSERS and browser.open(f"{url}#{token}"):

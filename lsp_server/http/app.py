@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from engine.errors import PlanPatchError
 from lsp_server.http import edits, ollama, ollama_store, openai_api, status_page
+from lsp_server.http.documents import describe
 from lsp_server.http.errors import HttpError
 from lsp_server.http.guard import Guard
 from lsp_server.http.responses import Json
@@ -52,6 +53,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
+    describe(app)
     return app
 
 

@@ -28,6 +28,7 @@ from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import MAX_SOURCE_BYTES, Source
 from lsp_server.http.bodies import Body, Whole, checked, read, read_json
+from lsp_server.http.documents import takes
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import Call, unless_gone
 from lsp_server.http.models import service_of
@@ -133,7 +134,7 @@ async def health(request: Request) -> Response:
 # --- plan and patch --------------------------------------------------------------------------------------------------
 
 
-@router.post("/plan")
+@router.post("/plan", **takes(PlanBody))
 async def plan(request: Request) -> Response:
     """Say in a few words what would be changed."""
     service = service_of(request)
@@ -153,7 +154,7 @@ async def plan(request: Request) -> Response:
     return Json({"plan": made.to_json(), "timings": made.timings.to_json()})
 
 
-@router.post("/patch_smart")
+@router.post("/patch_smart", **takes(PatchBody))
 async def patch_smart(request: Request) -> Response:
     """Write the patch of a plan and prove it."""
     service = service_of(request)
@@ -337,7 +338,7 @@ def _read_file(file: Path) -> Source:
 # --- afterwards ------------------------------------------------------------------------------------------------------
 
 
-@router.post("/rollback")
+@router.post("/rollback", **takes(PatchIdBody))
 async def rollback(request: Request) -> Response:
     """Take an applied patch back: through the editor where it has the file open, else on disk."""
     service = service_of(request)
@@ -351,7 +352,7 @@ async def rollback(request: Request) -> Response:
     return Json({"ok": True, "patch_id": body.patch_id, "state": "rolled_back"})
 
 
-@router.post("/feedback")
+@router.post("/feedback", **takes(VerdictBody))
 async def feedback(request: Request) -> Response:
     """Record what the user says of a patch."""
     service = service_of(request)

@@ -20,6 +20,7 @@ from engine.errors import PlanPatchError
 from engine.inference.protocol import Completion, FinishReason, GenerationRequest, Message
 from lsp_server.http.bodies import checked, read, read_json
 from lsp_server.http.cleaning import cleaned
+from lsp_server.http.documents import takes
 from lsp_server.http.embedding import embeddings
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
@@ -53,19 +54,22 @@ _FOREVER = "2318-01-01T00:00:00Z"
 # --- discovery -------------------------------------------------------------------------------------------------------
 
 
-@router.api_route("/", methods=["GET", "HEAD"], response_class=PlainTextResponse)
+@router.head("/", include_in_schema=False)
+@router.get("/", response_class=PlainTextResponse)
 async def root() -> Response:
     """Say that somebody is there, in the words that clients look for."""
     return PlainTextResponse("Ollama is running")
 
 
-@router.api_route("/api/version", methods=["GET", "HEAD"])
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version")
 async def version() -> Response:
     """The version of Ollama's API that this follows."""
     return Json({"version": OLLAMA_VERSION})
 
 
-@router.api_route("/api/tags", methods=["GET", "HEAD"])
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags")
 async def tags(request: Request) -> Response:
     """The models of this machine, the one in memory first."""
     service = service_of(request)
@@ -90,7 +94,7 @@ async def ps(request: Request) -> Response:
     return Json({"models": [{**line, **more}]})
 
 
-@router.post("/api/show")
+@router.post("/api/show", **takes(ShowBody))
 async def show(request: Request) -> Response:
     """What a model is and can do."""
     service = service_of(request)
@@ -150,7 +154,7 @@ class Turn:
     with_context: bool = False
 
 
-@router.post("/api/generate")
+@router.post("/api/generate", **takes(GenerateBody))
 async def generate(request: Request) -> Response:
     """Continue a prompt, or fill in a middle."""
     service = service_of(request)
@@ -192,7 +196,7 @@ async def generate(request: Request) -> Response:
     return await _answer(service, request, turn)
 
 
-@router.post("/api/chat")
+@router.post("/api/chat", **takes(ChatBody))
 async def chat(request: Request) -> Response:
     """The next turn of a chat."""
     service = service_of(request)
@@ -383,7 +387,7 @@ def _ids(turn: Turn, asked: GenerationRequest, completion: Completion) -> dict[s
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 
-@router.post("/api/embed")
+@router.post("/api/embed", **takes(EmbedBody))
 async def embed(request: Request) -> Response:
     """A vector of length 1 for each text: the mean of the last hidden states."""
     service = service_of(request)
@@ -400,7 +404,7 @@ async def embed(request: Request) -> Response:
     return Json({"model": body.model, "embeddings": vectors, **times, "prompt_eval_count": count})
 
 
-@router.post("/api/embeddings")
+@router.post("/api/embeddings", **takes(EmbeddingsBody))
 async def older_embeddings(request: Request) -> Response:
     """One vector, for clients of the older call."""
     service = service_of(request)

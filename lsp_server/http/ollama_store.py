@@ -20,6 +20,7 @@ from engine.errors import CancelledError, PlanPatchError
 from engine.inference.catalogue import ModelRef, catalogue, resolve
 from engine.inference.store import Progress
 from lsp_server.http.bodies import checked, read, read_json
+from lsp_server.http.documents import takes
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
 from lsp_server.http.models import names_of, service_of
@@ -35,7 +36,7 @@ router = APIRouter()
 _Status = dict[str, Any]
 
 
-@router.post("/api/pull")
+@router.post("/api/pull", **takes(PullBody))
 async def pull(request: Request) -> Response:
     """Bring a model of the catalogue onto this machine, told of as it goes."""
     service = service_of(request)
@@ -99,7 +100,7 @@ def _status(ref: ModelRef, step: Progress) -> _Status:
     return {"status": step.message}
 
 
-@router.post("/api/copy")
+@router.post("/api/copy", **takes(CopyBody))
 async def copy(request: Request) -> Response:
     """Give a model another name."""
     service = service_of(request)
@@ -112,7 +113,7 @@ async def copy(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.post("/api/create")
+@router.post("/api/create", **takes(CreateBody))
 async def create(request: Request) -> Response:
     """Make a model of another one with a system prompt, a template and options."""
     service = service_of(request)
@@ -143,7 +144,7 @@ def _free_name(service: Service, name: str) -> str:
     return name
 
 
-@router.delete("/api/delete")
+@router.delete("/api/delete", **takes(PullBody))
 async def delete(request: Request) -> Response:
     """Take a copied name away, or a model that PlanPatch pulled."""
     service = service_of(request)
@@ -163,13 +164,14 @@ async def delete(request: Request) -> Response:
 @router.post("/api/push")
 async def push(request: Request) -> Response:
     """Not there: nothing leaves the machine."""
-    raise HttpError(501, "push is not supported: nothing leaves this machine")
+    raise HttpError(400, "push is not supported: nothing leaves this machine")
 
 
-@router.api_route("/api/blobs/{digest}", methods=["HEAD", "POST"])
+@router.head("/api/blobs/{digest}", include_in_schema=False)
+@router.post("/api/blobs/{digest}")
 async def blobs(digest: str) -> Response:
     """Not there: models come from the catalogue."""
-    raise HttpError(501, "blobs are not supported; models come from the catalogue")
+    raise HttpError(404, "blobs are not supported; models come from the catalogue")
 
 
 async def _lines(steps: AsyncGenerator[_Status]) -> AsyncIterator[str]:

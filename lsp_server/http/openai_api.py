@@ -19,6 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 from engine.inference.protocol import Message
 from lsp_server.http.bodies import read
+from lsp_server.http.documents import takes
 from lsp_server.http.embedding import embeddings
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
@@ -75,7 +76,7 @@ def _created(known: Known) -> int:
 # --- chat and completions --------------------------------------------------------------------------------------------
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", **takes(ChatCompletionBody))
 async def chat_completions(request: Request) -> Response:
     """The next turn of a chat."""
     service = service_of(request)
@@ -112,7 +113,7 @@ async def chat_completions(request: Request) -> Response:
     return await _answer(service, request, turn, body.stream)
 
 
-@router.post("/completions")
+@router.post("/completions", **takes(CompletionBody))
 async def completions(request: Request) -> Response:
     """Continue prompts, or fill in a middle."""
     service = service_of(request)
@@ -188,7 +189,7 @@ async def _answer(service: Service, request: Request, turn: Turn, is_streamed: b
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 
-@router.post("/embeddings")
+@router.post("/embeddings", **takes(EmbeddingBody))
 async def embed(request: Request) -> Response:
     """A vector of length 1 for each input."""
     service = service_of(request)
