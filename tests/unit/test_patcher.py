@@ -151,7 +151,7 @@ def test_a_good_answer_becomes_a_patch_with_its_diff_in_the_ledger(newline: str,
     assert [gate["ok"] for gate in patch.gates] == [True] * 9
     entry = ledger.get(patch.id)
     assert entry.proposal.patched == patch.patched.to_bytes()
-    assert desk.heard == [("patch", GOOD)]
+    assert desk.heard == [("patch", GOOD), ("prove", "")]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_repair_is_told_the_gate_and_its_reason_and_may_succeed(ledger: Ledger
     assert "refused by the check `names`: After the patch `totals` would be undefined" in second
     assert BAD in second
     assert "refused" not in first
-    assert [stage for stage, _ in desk.heard] == ["patch", "repair"]
+    assert [stage for stage, _ in desk.heard] == ["patch", "prove", "repair", "prove"]
     assert refusals(ledger) == []
     assert patch.timings.num_tokens == len(BAD.encode()) + len(GOOD.encode())
 
