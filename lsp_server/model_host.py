@@ -72,8 +72,8 @@ class ModelHost:
 
     @property
     def local_or_none(self) -> LocalModel | None:
-        """The files of the model that is ready."""
-        return self._local if self._status.state == "ready" else None
+        """The files of the model that is ready, or being loaded once they are found."""
+        return self._local if self._status.state in ("loading", "ready") else None
 
     def start(self, session: Session, *, pull: bool = False) -> None:
         """Load the model that the settings name, instead of what is loaded now.
@@ -85,7 +85,7 @@ class ModelHost:
         with self._changed:
             self._generation += 1
             generation = self._generation
-            old, self._engine = self._engine, None
+            old, self._engine, self._local = self._engine, None, None
         self._tell(generation, HostStatus("loading", message="looking for the model"))
         work = threading.Thread(
             target=self._load, args=(generation, session, old, pull), name="planpatch-load", daemon=True
@@ -141,7 +141,7 @@ class ModelHost:
                 self._tell(generation, replace(told, message=f"{step.message}{percent}"))
 
             local = session.local_model(ref, progress, pull=pull)
-            self._tell(generation, HostStatus("loading", local.name, "loading the weights"))
+            self._found(generation, local)
             engine = session.engine(local, ref)
             engine.wait_until_ready()
         except PlanPatchError as error:
@@ -158,11 +158,17 @@ class ModelHost:
         with self._changed:
             is_current = generation == self._generation
             if is_current:
-                self._engine, self._local = engine, local
+                self._engine = engine
         if is_current:
             self._tell(generation, HostStatus("ready", local.name))
         else:
             engine.close()
+
+    def _found(self, generation: int, local: LocalModel) -> None:
+        with self._changed:
+            if generation == self._generation:
+                self._local = local
+        self._tell(generation, HostStatus("loading", local.name, "loading the weights"))
 
     def _tell(self, generation: int, status: HostStatus) -> None:
         with self._changed:
