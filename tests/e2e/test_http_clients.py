@@ -32,6 +32,7 @@ def clients() -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serve_05b(TEST_HOME, tmp_path_factory.mktemp("serve")) as url:
+        assert call(f"{url}/api/generate", {"model": MODEL})[1]["done_reason"] == "load"
         yield url
 
 

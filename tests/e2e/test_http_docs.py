@@ -59,7 +59,7 @@ def test_powershells_examples(text: str, url: str) -> None:
     plan: Any = None
     for part in text.replace(ADDRESS, url).split("$body = ")[1:]:
         found = re.search(
-            r"-Uri (\S+) -ContentType 'application/json; charset=utf-8' -Body \(\[Text.Encoding\]::UTF8", part
+            r"-Uri (\S+) -ContentType '(application/json; charset=utf-8)' -Body \(\[Text.Encoding\]::UTF8", part
         )
         assert found is not None
         if part.startswith("@'\n"):
