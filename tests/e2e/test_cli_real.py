@@ -102,6 +102,7 @@ def test_plan_patch_write_roll_back_redo_roll_back(workspace: Path, home: Path, 
     assert ledger_is_sound(home)
 
 
+@pytest.mark.slow
 def test_a_patch_as_json_changes_nothing_and_is_applied_later_unless_the_file_changed(
     workspace: Path, model_folder_05b: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_patch_as_json_changes_nothing_and_is_applied_later_unless_the_file_ch
     assert (taken_back.code, file.read_bytes()) == (0, b"# above\r\n" + BITS + b"\r\n# below\r\n"), taken_back.err
 
 
+@pytest.mark.slow
 def test_a_function_whose_own_text_parses_is_patched_in_a_file_that_does_not(
     workspace: Path, model_folder_05b: Path
 ) -> None:
@@ -182,6 +184,7 @@ def test_ctrl_c_while_the_model_writes_ends_it_and_leaves_everything_whole(
 # --- what the model's side refuses -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_function_too_long_for_the_model_is_refused_with_both_numbers(
     workspace: Path, model_folder_05b: Path
 ) -> None:
@@ -196,6 +199,7 @@ def test_a_function_too_long_for_the_model_is_refused_with_both_numbers(
     assert error["hint"] == "Select a smaller function, or a model with a longer context."
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_base_is_refused_by_name(workspace: Path, model_folder_05b: Path) -> None:
     folder = write_adapter(workspace / "other adapter", num_inputs=64)
     said = planpatch("patch", "bits.py", "-f", "bitcount", "-i", INTENT, "--adapter", str(folder), cwd=workspace)

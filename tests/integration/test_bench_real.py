@@ -55,6 +55,7 @@ def bench_cases(tmp_path: Path, name: str, *more: str) -> dict[str, dict[str, An
     return {line["id"]: {key: line[key] for key in ("edited", "ok", "reason", "tokens")} for line in lines}
 
 
+@pytest.mark.slow
 def test_results_are_the_same_one_by_one_all_at_once_and_with_a_planted_solution(tmp_path: Path) -> None:
     cases = tmp_path / "cases.jsonl"
     cases.write_text("".join(json.dumps(case) + "\n" for case in CASES), encoding="utf-8")

@@ -248,6 +248,7 @@ def test_rows_decoded_together_equal_the_reference_each(fp32: Bench, length: Cal
     assert follow_up.num_cached_tokens >= len(prompts[2]) + len(streams[2][-1].token_ids) - 1  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_an_adapter_switched_on_and_off_leaves_the_base_as_it_was(fp32: Bench, tmp_path: Path) -> None:
     prompt = fp32.prompt(TEXTS[0])
     params = SamplingParams(max_new_tokens=8)
