@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import psutil
@@ -212,7 +212,9 @@ def test_two_hundred_clients_that_vanish_leave_no_slot_taken(url: str) -> None:
 
 def test_memory_stays_where_it_is_under_mixed_load(url: str, record_figure: RecordFigure) -> None:
     port = int(url.rpartition(":")[2])
-    (server,) = {one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port == port}
+    (server,) = {
+        one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and cast(Any, one.laddr).port == port
+    }
     process = psutil.Process(server)
     source = random.Random(3)
     minutes, warm_up = 30, 5
