@@ -269,13 +269,13 @@ def _search(service: Service, files: list[Path], body: PlanBody) -> tuple[Source
     for name in names:
         found: list[tuple[Source, Scope]] = []
         for file in files:
-            if name.rpartition(".")[2].encode() not in file.read_bytes():
-                continue
             try:
+                if name.rpartition(".")[2].encode() not in file.read_bytes():
+                    continue
                 source = _read_file(file)
                 found.append((source, service.parsers(find_scope, source, name)))
-            except (UnknownScopeError, SourceError):
-                continue
+            except (UnknownScopeError, SourceError, PathError, OSError):
+                continue  # another file may have it
         if len(found) == 1:
             return found[0]
         if found:
@@ -288,16 +288,27 @@ def _files(service: Service, paths: list[str]) -> Iterator[Path]:
     count = 0
     for text in paths:
         path = _inside(service, text)
-        candidates = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in candidates:
-            if path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts):
+        if not path.is_dir():
+            yield path
+            continue
+        for file in sorted(path.rglob("*.py")):
+            if any(part.startswith(".") for part in file.relative_to(path).parts) or not _is_readable(service, file):
                 continue
             count += 1
             if count > _MOST_FILES:
                 raise HttpError(
                     413, f"the paths hold more than {_MOST_FILES:,} files", code="too_large", limit=_MOST_FILES
                 )
-            yield _inside(service, str(file))
+            yield file.resolve()
+
+
+def _is_readable(service: Service, file: Path) -> bool:
+    """Whether a file that was found in a folder is one to look into: a link out of the root is not."""
+    try:
+        found = _inside(service, str(file))
+        return found.is_file() and found.stat().st_size <= MAX_SOURCE_BYTES
+    except (PathError, HttpError, OSError):
+        return False
 
 
 def _inside(service: Service, text: str) -> Path:
