@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from rich.markup import escape
 
-from engine.errors import PathError
+from engine.errors import EngineError, PathError
 from engine.patching.parser_process import ParserProcess
 from lsp_server import console
 from lsp_server.http.listener import Listener, TakenError, bind, new_token
@@ -70,7 +70,9 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         threading.Thread(target=_open_page, args=arguments, daemon=True).start()
     try:
         while not stop.wait(0.5):
-            pass
+            engine = host.engine_or_none
+            if engine is not None and engine.status().state == "failed":
+                raise EngineError(engine.status().message or "The engine failed", hint="Start the server again.")
     finally:
         console.say("ending")
         host.close()

@@ -418,7 +418,10 @@ class InProcessEngine:
             sequence.decode_s += elapsed_s
         else:
             sequence.prefill_s += elapsed_s
-        reason = self._postprocess(sequence, choice)
+        try:
+            reason = self._postprocess(sequence, choice)
+        except UsageError as error:  # its grammar's; the others go on
+            return self._refuse([sequence], error)
         if reason is not None:
             self._finish(sequence, reason)
 

@@ -63,15 +63,25 @@ class GrammarMatcher:
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]
-            raise UsageError(f"The grammar cannot be followed any further: {reason}", hint="Use a simpler grammar.")
+            raise self._fault()
         bits = np.unpackbits(packed, bitorder="little")[: self._vocab_size]
         return torch.from_numpy(bits).bool()
 
     def advance(self, token_id: int) -> None:
-        """Take the next token, which `allowed` must have allowed."""
+        """Take the next token, which `allowed` must have allowed.
+
+        Raises:
+            UsageError: The grammar needs more states than llguidance allows.
+        """
         if not self._matcher.consume_token(token_id):
-            raise AssertionError(f"the grammar does not allow token {token_id}: {self._matcher.get_error()}")
+            if self._matcher.is_error():
+                raise self._fault()
+            raise AssertionError(f"the grammar does not allow token {token_id}")
+
+    def _fault(self) -> UsageError:
+        """Why it cannot be followed, without the grammar and the parser's state, which belong to one client."""
+        reason = self._matcher.get_error().partition("\n")[0].partition("<state>")[0].strip()[:200]
+        return UsageError(f"The grammar cannot be followed any further: {reason}", hint="Use a simpler grammar.")
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last `num_tokens` tokens."""
@@ -93,7 +103,7 @@ def grammar_fault(grammar: Grammar) -> str:
         The fault in llguidance's words; empty if there is none.
     """
     try:
-        return llguidance.LLMatcher.validate_grammar(_llguidance_grammar(grammar)).partition("\n")[0]
+        return " ".join(llguidance.LLMatcher.validate_grammar(_llguidance_grammar(grammar)).split())[:300]
     except UsageError as error:
         return error.message
     except ValueError as fault:

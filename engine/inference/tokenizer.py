@@ -25,6 +25,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ from engine.inference.protocol import Message
 # and the newlines are too many to be taken for a template's own.
 _SPACE = "\u205f"
 _NEWLINES = "\n" * 8
+_LONG_TEXT_CHARS = 20_000
 _TEXT_END_TOKENS = ("<|endoftext|>",)  # ends a document in several model families; never part of a chat answer
 # Fill in the middle: the tokens before the prefix, before the suffix and before the answer, by model family.
 _FIM_TOKENS = (
@@ -276,7 +278,7 @@ class HFChatTokenizer:
         """Ids of `text` in which no special token can occur."""
         if not text:
             return []
-        token_ids: list[int] = self._encoders[scheme].encode(text, add_special_tokens=False).ids
+        token_ids = _ids_of(self._encoders[scheme], text)
         if self._guarded_ids.isdisjoint(token_ids):
             return token_ids
         return self._encode_guarded(text, scheme)
@@ -431,10 +433,23 @@ class _ChatTemplate:
         """The whole prompt in parts, generation prompt last."""
         options = {"tools": [json.loads(tool) for tool in tools] or None, "enable_thinking": thinking}
         marked, text = self._render_merging_system([_Marked(message) for message in messages], options)
-        for index, mark in reversed(list(enumerate(marked))):
-            if mark.message.role == "assistant" and mark.message.content:
+        for index, mark in reversed(list(enumerate(marked))) if self._changes_generation_prompt else ():
+            if index and mark.message.role == "assistant" and mark.message.content:
                 text = self._restore_generation_prompt(text, marked, index, options)
         return self._split(text, marked)
+
+    @cached_property
+    def _changes_generation_prompt(self) -> bool:
+        """Whether an earlier answer is shown after another prompt than it was generated after; looked at once.
+
+        Looking costs one rendering for each answer, which a long chat would feel.
+        """
+        turns = [_Marked(Message("user", "?")), _Marked(Message("assistant", "!")), _Marked(Message("user", "?"))]
+        try:
+            text = self._render(turns, {})
+            return self._restore_generation_prompt(text, turns, 1, {}) != text
+        except ModelError:  # it refuses such a chat, and will say so
+            return False
 
     def end_of_answer(self, added_pattern: re.Pattern[str] | None) -> str:
         """The special token that the template writes after an assistant's answer; empty if there is none."""
@@ -550,6 +565,13 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     return source
+
+
+def _ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text; a long one is encoded as a batch, which lets other threads run meanwhile."""
+    if len(text) < _LONG_TEXT_CHARS:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
 
 def _added_tokens(spec: dict[str, Any]) -> list[_AddedToken]:

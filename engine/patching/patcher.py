@@ -51,7 +51,7 @@ from engine.patching.parser_process import Call, in_this_process
 from engine.patching.prompts import PROMPT_VERSION, Feedback, Task, plan_messages, repair_turns
 from engine.patching.proof import Proof, Question, prove
 from engine.patching.scopes import Scope, find_scope
-from engine.patching.source import Source
+from engine.patching.source import PASTED, Source
 
 Stage = Literal["plan", "patch", "repair", "prove"]
 Listener = Callable[[Stage, str], None]
@@ -816,7 +816,7 @@ def _steps(text: str, truncated: bool) -> tuple[str, ...]:
 
 
 def _absolute(path: str) -> Path | None:
-    return Path(path).absolute() if path else None
+    return Path(path).absolute() if path and path != PASTED else None
 
 
 __all__ = ["Patch", "Patcher", "PatcherOptions", "Plan", "StageOptions", "Timings", "find_scope"]

@@ -21,6 +21,7 @@ from pathlib import Path
 from engine.errors import PathError, SourceError
 
 MAX_SOURCE_BYTES = 2_000_000
+PASTED = "<code_paste>"  # the path of code that is in no file
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _CODING_COOKIE = re.compile(r"[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -17,6 +18,8 @@ from lsp_server.http.errors import HttpError
 MAX_BODY_BYTES = 8_000_000
 BODY_TIME_S = 30.0
 _MAX_DEPTH = 100
+_KIND = re.compile(r"(function-|union|list\[|dict\[|constrained-|(float|int|str|bool)\Z)")  # pydantic's, in a place
+_CLASS = re.compile(r"a valid dictionary or instance of \w+")
 
 B = TypeVar("B", bound="Body")
 
@@ -94,7 +97,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     except RecursionError:
         raise HttpError(400, "the body is nested too deeply") from None
     except ValueError as fault:
-        raise HttpError(400, f"the body is not valid JSON: {fault}") from None
+        said = "a number has too many digits" if "int_max_str_digits" in str(fault) else str(fault)
+        raise HttpError(400, f"the body is not valid JSON: {said}") from None
     if not isinstance(found, dict):
         raise HttpError(400, f"the body is a JSON object, not {_kind(found)}")
     body = cast("dict[str, Any]", found)
@@ -135,8 +139,9 @@ def checked(body: dict[str, Any], model: type[B]) -> B:
         return model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "union", "list[")))
-        raise HttpError(400, f"{name or 'body'}: {first['msg'].lower()}", param=name) from None
+        name = ".".join(str(part) for part in first["loc"] if not _KIND.match(str(part)))
+        said = _CLASS.sub("an object", first["msg"])
+        raise HttpError(400, f"{name or 'body'}: {said[:1].lower()}{said[1:]}", param=name) from None
 
 
 def _check_text(value: object, depth: int) -> None:

@@ -8,7 +8,9 @@ connections between two requests uvicorn's (`timeout_keep_alive`).
 from __future__ import annotations
 
 import asyncio
+import json
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIME_S = 20.0
@@ -35,6 +37,24 @@ class TimedProtocol(H11Protocol):
             self._head_timer = self.loop.call_later(HEAD_TIME_S, self.transport.abort)
         elif not waits_for_head:
             self._head_timer = _cancelled(self._head_timer)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is refused as everything else is, in JSON."""
+        body = json.dumps({"error": msg}).encode("ascii")
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            data = self.conn.send(event)
+            if data:
+                self.transport.write(data)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads too slowly: it has some time."""

@@ -26,7 +26,7 @@ from engine.patching.parser_process import ParserProcess
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope, list_scopes
-from engine.patching.source import MAX_SOURCE_BYTES, Source
+from engine.patching.source import MAX_SOURCE_BYTES, PASTED, Source
 from lsp_server.http.bodies import Body, Whole, checked, read, read_json
 from lsp_server.http.documents import takes
 from lsp_server.http.errors import HttpError
@@ -104,13 +104,14 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     host, engine, settings = service.host.status, service.host.engine_or_none, service.settings
     status = engine.status() if engine is not None else None
+    has_failed = status is not None and status.state == "failed"
     generations = service.generations
     return Json(
         {
-            "status": "ok" if status is not None else host.state,
-            "message": host.message,
+            "status": "failed" if has_failed else "ok" if status is not None else host.state,
+            "message": "the engine failed; restart PlanPatch" if has_failed else host.message,
             "hint": host.hint,
-            "model_loaded": status is not None,
+            "model_loaded": status is not None and not has_failed,
             "model": status.model if status is not None else host.model,
             "quantization": status.quantization if status is not None else settings.quantization,
             "use_4bit": (status.quantization if status is not None else settings.quantization) == "nf4",
@@ -207,7 +208,7 @@ def _as_planned(service: Service, record: PlanRecord, code_paste: str | None) ->
     Raises:
         StaleTextError: The function is another now.
     """
-    then = Source.from_bytes(record.base, "" if record.path is None else record.path.as_posix())
+    then = Source.from_bytes(record.base, PASTED if record.path is None else record.path.as_posix())
     if code_paste is not None:
         now = Source.from_text(code_paste, then.path)
     elif record.path is None:
@@ -229,8 +230,8 @@ def _as_planned(service: Service, record: PlanRecord, code_paste: str | None) ->
 
 def _find(service: Service, body: PlanBody) -> tuple[Source, Scope]:
     """The source and the scope that a request is about."""
-    if body.code_paste is not None:
-        source = Source.from_text(body.code_paste, "")
+    if body.code_paste is not None and body.code_paste.strip():
+        source = Source.from_text(body.code_paste, PASTED)
         return source, _scope_in(service, source, body)
     if not body.paths:
         raise HttpError(400, "there is no code: give code_paste, or paths of files inside the root", param="code_paste")
@@ -324,11 +325,12 @@ def _inside(service: Service, text: str) -> Path:
         raise PathError("a path holds a NUL character")
     try:
         path = (root / text).resolve()
-    except (OSError, RuntimeError) as fault:
-        raise PathError(f"{text!r} is no path: {fault}") from None
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise HttpError(400, f"paths: {getattr(fault, 'strerror', None) or 'it is no path'}", param="paths") from None
     if not path.is_relative_to(root):
         raise PathError(f"{text!r} is outside of the root")
-    if not path.exists():
+    if not is_there:
         raise HttpError(404, f"{text!r} does not exist", code="path")
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ async def embeddings(
     async with service.generations.call(path) as call:
         engine = await service.engine()
         for text in texts:
-            request = _embedding_request(engine, text, truncate=truncate)
+            request = await asyncio.to_thread(_embedding_request, engine, text, truncate=truncate)
             completion = await service.generations.complete(engine, request, call)
             count += completion.num_prompt_tokens
             vectors.append(_unit(completion.embedding[: dimensions or None]))

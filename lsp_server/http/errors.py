@@ -51,7 +51,7 @@ class HttpError(Exception):
         code: Names the error for programs; "" is made from the status.
         hint: What to do.
         close: Whether the connection ends too, because the rest of the body is not read.
-        retry_after_s: For 503, when to come again; None for never.
+        retry_after_s: For 503, when to come again; 0 for never.
         details: Facts for programs.
     """
 
@@ -83,7 +83,7 @@ class HttpError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
-        found = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+        found = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
         return {**found, "Connection": "close"} if self.close else found
 
     def to_json(self, shape: ErrorShape) -> dict[str, Any]:

@@ -82,7 +82,9 @@ class Guard:
             )
 
     def _is_known_host(self, host: str) -> bool:
-        name = _name_of(host)
+        if not host:
+            return True  # no browser leaves it out
+        name = "::1" if host == "::1" else _name_of(host)
         if name is None:
             return False
         if name in _LOCAL_NAMES or name in self._own_names or name.endswith(_LOCAL_SUFFIXES):

@@ -134,6 +134,17 @@ def _holder(port: int, runtime_file: Path) -> tuple[int | None, str]:
     return None, ""
 
 
+def _own_runtime_file(runtime_file: Path, port: int) -> Path:
+    """The home's runtime file, or one with the port in its name while another server that lives has that one."""
+    import psutil
+
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        facts = cast("Mapping[str, Any]", json.loads(runtime_file.read_text(encoding="utf-8")))
+        if int(facts["pid"]) != os.getpid() and psutil.pid_exists(int(facts["pid"])):
+            return runtime_file.with_name(f"{runtime_file.stem}-{port}{runtime_file.suffix}")
+    return runtime_file
+
+
 class Listener:
     """Serves one application until it is closed.
 
@@ -148,7 +159,8 @@ class Listener:
         self.address = Address(host, port)
         self._service = service
         self._socket = bound
-        self._runtime_file = runtime_file
+        self._runtime_file = _own_runtime_file(runtime_file, port)
+        service.runtime_name = self._runtime_file.name
         self._server: uvicorn.Server | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="planpatch-http", daemon=True)

@@ -6,6 +6,7 @@ answers, and `keep_alive` is taken and changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -143,6 +144,7 @@ class Turn:
         clean: Whether the whole answer is cleaned.
         tool_names: The tools that may be called.
         with_context: Whether the last chunk carries the token ids.
+        prepared: The engine's request, where it was made already.
     """
 
     name: str
@@ -152,6 +154,7 @@ class Turn:
     clean: bool = False
     tool_names: Sequence[str] = ()
     with_context: bool = False
+    prepared: GenerationRequest | None = None
 
 
 @router.post("/api/generate", **takes(GenerateBody))
@@ -221,7 +224,7 @@ async def chat(request: Request) -> Response:
         messages = (*messages[:-1], replace(messages[-1], content=messages[-1].content[-_context_chars(service) :]))
     is_streamed = not is_original if body.stream is None else body.stream
     clean = _cleans(service, body.clean, is_original) and not (tools or grammar or is_streamed)
-    ask = Ask(options, messages=messages, tools=tools, thinking=thinking, grammar=grammar)
+    ask = Ask(options, messages=messages, tools=tools, thinking=thinking, grammar=grammar, continues=True)
     tool_names = [str(tool["function"]["name"]) for tool in body.tools]
     return await _answer(service, request, Turn(name, ask, _tell_message, is_streamed, clean, tool_names))
 
@@ -289,10 +292,9 @@ async def _load(service: Service, name: str, keep_alive: float | None, empty: di
 
 async def _answer(service: Service, request: Request, turn: Turn) -> Response:
     service.generations.slots.check_room()
-    if service.host.status.state not in ("loading", "ready"):
-        service.ready_engine()
-    if service.host.engine_or_none is not None:  # what is wrong with the prompt is told by a status
-        request_of(service.host.engine_or_none, turn.ask)
+    engine = service.engine_now()
+    if engine is not None:  # what is wrong with the prompt is told by a status
+        turn = replace(turn, prepared=await asyncio.to_thread(request_of, engine, turn.ask))
     if turn.is_streamed:
         return StreamingResponse(_lines(service, request, turn), media_type="application/x-ndjson")
     return Json(await unless_gone(request, _whole(service, request.url.path, turn)))
@@ -328,13 +330,13 @@ class _Clock:
     started_at: int = field(default_factory=time.perf_counter_ns)
     loaded_at: int = 0
 
-    def final(self, completion: Completion) -> dict[str, int]:
+    def final(self, completion: Completion, num_tokens: int) -> dict[str, int]:
         return {
             "total_duration": time.perf_counter_ns() - self.started_at,
             "load_duration": self.loaded_at - self.started_at,
             "prompt_eval_count": completion.num_prompt_tokens,
             "prompt_eval_duration": max(1, int(completion.prefill_s * 1e9)),
-            "eval_count": len(completion.token_ids),
+            "eval_count": num_tokens,
             "eval_duration": max(1, int(completion.decode_s * 1e9)),
         }
 
@@ -351,7 +353,7 @@ async def _chunks(service: Service, path: str, turn: Turn) -> AsyncGenerator[dic
     async with service.generations.call(path) as call:
         engine = await service.engine()
         clock.loaded_at = time.perf_counter_ns()
-        asked = request_of(engine, turn.ask)
+        asked = turn.prepared or await asyncio.to_thread(request_of, engine, turn.ask)
         completion: Completion | None = None
         stream = service.generations.stream(engine, asked, call)
         try:
@@ -372,16 +374,14 @@ async def _chunks(service: Service, path: str, turn: Turn) -> AsyncGenerator[dic
             found = [{"name": one.name, "arguments": one.arguments} for one in calls]
             yield chunk(text + rest, thought, found)
         assert completion is not None
-        end = {"done": True, "done_reason": _reason(completion), **clock.final(completion)}
-        yield {**chunk(""), **end, **_ids(turn, asked, completion)}
+        token_ids = completion.token_ids if turn.ask.options.num_predict != 0 else ()  # the engine writes one at least
+        end = {"done": True, "done_reason": _reason(completion), **clock.final(completion, len(token_ids))}
+        ids = {"context": [*asked.prompt_token_ids, *token_ids]} if turn.with_context else {}
+        yield {**chunk(""), **end, **ids}
 
 
 def _reason(completion: Completion) -> str:
     return "stop" if completion.finish_reason is FinishReason.STOP else "length"
-
-
-def _ids(turn: Turn, asked: GenerationRequest, completion: Completion) -> dict[str, Any]:
-    return {"context": [*asked.prompt_token_ids, *completion.token_ids]} if turn.with_context else {}
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lsp_server.http.bodies import Body
+from lsp_server.http.bodies import Body, Whole
 from lsp_server.http.errors import HttpError
 from lsp_server.http.sampling import Options
 
@@ -72,7 +72,7 @@ class GenerateBody(Body):
     suffix: str = ""
     system: str | None = None
     template: str = ""
-    context: list[int] = Field(default_factory=list[int])
+    context: list[Whole] = Field(default_factory=list[int])
     stream: bool | None = None
     raw: bool = False
     format: Any = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
@@ -34,6 +35,7 @@ from lsp_server.http.service import Service
 router = APIRouter()
 
 _Status = dict[str, Any]
+_NAME = re.compile(r"\w[\w./:-]{0,199}")
 
 
 @router.post("/api/pull", **takes(PullBody))
@@ -139,7 +141,7 @@ def _free_name(service: Service, name: str) -> str:
     """A name that hides no model of the store or the catalogue."""
     plain = name.removesuffix(":latest").lower()
     taken = {info.name.lower() for info in service.session_of().store.list()} | set(catalogue())
-    if plain in taken or not plain.strip() or "\n" in plain:
+    if plain in taken or not _NAME.fullmatch(plain):
         raise HttpError(400, f"'{name}' is taken or is no name for a model", param="model")
     return name
 

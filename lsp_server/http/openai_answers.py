@@ -6,6 +6,7 @@ next choice, and one client takes one place.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -354,7 +355,7 @@ async def _pieces(service: Service, path: str, turn: Turn, usage: Usage) -> Asyn
 
 
 async def _pieces_of_one(service: Service, engine: Engine, call: Call, turn: Turn, ask: Ask) -> AsyncGenerator[Piece]:
-    asked = request_of(engine, ask)
+    asked = await asyncio.to_thread(request_of, engine, ask)
     if ask.options.num_predict == 0:
         nothing = Completion((), "", FinishReason.LENGTH, len(asked.prompt_token_ids), 0, 0.0, 0.0, 0.0)
         yield Piece(finish_reason="length", completion=nothing)

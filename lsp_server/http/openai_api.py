@@ -7,6 +7,7 @@ memory. A chat that does not fit is refused, where Ollama's API leaves its oldes
 from __future__ import annotations
 
 import array
+import asyncio
 import base64
 import sys
 from collections.abc import Sequence
@@ -173,12 +174,10 @@ def _fingerprint(known: Known) -> str:
 
 async def _answer(service: Service, request: Request, turn: Turn, is_streamed: bool) -> Response:
     service.generations.slots.check_room()
-    if service.host.status.state not in ("loading", "ready"):
-        service.ready_engine()
-    engine = service.host.engine_or_none
+    engine = service.engine_now()
     if engine is not None:  # what is wrong with a prompt is told by a status
         for ask in turn.asks[:: turn.num_choices]:
-            request_of(engine, ask)
+            await asyncio.to_thread(request_of, engine, ask)
     path = request.url.path
     if is_streamed:
         headers = {"Cache-Control": "no-cache"}

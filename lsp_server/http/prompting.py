@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.errors import ModelError
 from engine.inference.protocol import Engine, GenerationRequest, Grammar, Message, Priority, ToolCall
+from engine.inference.tokenizer import HFChatTokenizer
 from lsp_server.http.errors import HttpError
 from lsp_server.http.ollama_bodies import MessageBody
 from lsp_server.http.sampling import Options, params_of, room
@@ -37,6 +38,7 @@ class Ask:
         top_logprobs: How many likeliest tokens to report.
         may_shorten: Whether the oldest turns of a chat, or the beginning of a raw prompt, are left out where all does
             not fit; else it is refused.
+        continues: Whether an answer at the end of the chat is gone on with, as Ollama does.
     """
 
     options: Options
@@ -50,10 +52,13 @@ class Ask:
     grammar: Grammar | None = None
     top_logprobs: int = 0
     may_shorten: bool = True
+    continues: bool = False
 
 
 def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
     """The engine's request; an older part of the chat, or the beginning of a raw prompt, is left out if it must be.
+
+    Takes as long as tokenizing does, so it is for a thread.
 
     Args:
         engine: The model.
@@ -63,13 +68,15 @@ def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
         The request, behind interactive ones.
 
     Raises:
-        HttpError: 400: the chat cannot be put into the model's template, or its last turn does not fit.
+        HttpError: 400: the chat cannot be put into the model's template, or does not fit the model's context.
     """
-    limit = room(ask.options, engine.status().context_length)
+    context_length = engine.status().context_length
+    limit = room(ask.options, context_length)
     try:
-        token_ids = _token_ids(engine, ask, limit)
+        token_ids = _token_ids(engine, ask, limit, context_length)
     except ModelError as error:
-        raise HttpError(400, error.message, hint=error.hint) from None
+        raise HttpError(400, error.message.replace(str(tokenizer_of(engine).folder), "the model's folder")) from None
+    limit = max(limit, min(context_length, len(token_ids) + _LEAST_ANSWER))
     stop_token_ids = tokenizer_of(engine).fim_end_token_ids if ask.before is not None else ()
     params = params_of(
         ask.options,
@@ -81,11 +88,11 @@ def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
     return GenerationRequest(tuple(token_ids), params, Priority.BACKGROUND)
 
 
-def _token_ids(engine: Engine, ask: Ask, limit: int) -> list[int]:
+def _token_ids(engine: Engine, ask: Ask, limit: int, context_length: int) -> list[int]:
     tokenizer = tokenizer_of(engine)
     most = max(1, limit - _LEAST_ANSWER)
     if ask.before is not None:
-        before, after = ask.before, ask.after
+        before, after = ask.before[-4 * context_length :], ask.after[: 4 * context_length]
         while len(token_ids := tokenizer.encode_fim(before, after)) > most and (before or after):
             before, after = before[len(before) // 4 + 1 :], after[: len(after) * 3 // 4]  # what is near counts most
         return token_ids
@@ -94,31 +101,54 @@ def _token_ids(engine: Engine, ask: Ask, limit: int) -> list[int]:
         if len(token_ids) > most and not ask.may_shorten:
             raise _too_long(len(token_ids), limit, "prompt")
         return token_ids[-most:]
+    token_ids = [*ask.context, *_encoded(tokenizer, ask, ask.messages)]
+    if len(token_ids) <= most:
+        return token_ids
+    if not ask.may_shorten:
+        raise _too_long(len(token_ids), limit, "messages")
+    return _shortened(tokenizer, ask, most, context_length)
+
+
+def _encoded(tokenizer: HFChatTokenizer, ask: Ask, messages: Sequence[Message]) -> list[int]:
+    """The chat; with `continues` an answer at its end is gone on with."""
+    last = messages[-1] if messages else None
+    if ask.continues and last is not None and last.role == "assistant" and len(messages) > 1 and not last.tool_calls:
+        return tokenizer.encode_chat(messages[:-1], prefill=last.content, tools=ask.tools, thinking=ask.thinking)
+    return tokenizer.encode_chat(messages, tools=ask.tools, thinking=ask.thinking)
+
+
+def _shortened(tokenizer: HFChatTokenizer, ask: Ask, most: int, context_length: int) -> list[int]:
+    """The chat without its oldest turns; the system's stay, and so does the last, where the model's context takes it.
+
+    How many have to go is estimated from each turn's own length first: encoding a long chat again and again takes long.
+    """
     messages = list(ask.messages)
+    older = [place for place, one in enumerate(messages[:-1]) if one.role != "system"]
+    lengths = [len(tokenizer.encode(one.content)) for one in messages]
+    num_over = sum(lengths) - most
+    num_gone = 0
+    while num_gone < len(older) and num_over > 0:
+        num_over -= lengths[older[num_gone]]
+        num_gone += 1
     while True:
-        token_ids = [
-            *ask.context,
-            *tokenizer.encode_chat(messages, tools=ask.tools, thinking=ask.thinking),
-        ]
+        while num_gone < len(older) and messages[older[num_gone]].role == "tool":
+            num_gone += 1  # an answer without its question
+        gone = set(older[:num_gone])
+        token_ids = _encoded(tokenizer, ask, [one for place, one in enumerate(messages) if place not in gone])
         if len(token_ids) <= most:
             return token_ids
-        if not ask.may_shorten:
-            raise _too_long(len(token_ids), limit, "messages")
-        oldest = next((place for place, one in enumerate(messages[:-1]) if one.role != "system"), None)
-        if oldest is None:
-            if ask.context:
-                ask = replace(ask, context=())
-                continue
-            raise _too_long(len(token_ids), limit, "messages")
-        del messages[oldest]
-        while messages[:-1] and oldest < len(messages) - 1 and messages[oldest].role == "tool":
-            del messages[oldest]  # an answer without its question
+        if num_gone == len(older):
+            break
+        num_gone += max(1, (len(older) - num_gone) // 8)
+    if len(token_ids) >= context_length:
+        raise _too_long(len(token_ids), context_length, "messages")
+    return token_ids  # num_ctx is a wish; the last turn is needed
 
 
 def _too_long(num_prompt_tokens: int, limit: int, param: str) -> HttpError:
     return HttpError(
         400,
-        f"the prompt has {num_prompt_tokens} tokens; the model's context, or num_ctx, is {limit}",
+        f"the prompt has {num_prompt_tokens} tokens; the model's context has {limit}",
         code="context_length_exceeded",
         param=param,
         num_prompt_tokens=num_prompt_tokens,

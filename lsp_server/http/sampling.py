@@ -81,7 +81,7 @@ def params_of(
         top_p=min(options.top_p, 1.0) if options.top_p > 0 else 1.0,
         min_p=min(max(options.min_p, 0.0), 1.0),
         seed=None if options.seed < 0 else options.seed % 2**63,
-        repetition_penalty=min(options.repeat_penalty, 1000.0) if options.repeat_penalty > 0 else 1.0,
+        repetition_penalty=min(max(options.repeat_penalty, 0.001), 1000.0) if options.repeat_penalty > 0 else 1.0,
         stop=options.stop_strings,
         stop_token_ids=tuple(stop_token_ids),
         grammar=grammar,

@@ -44,6 +44,7 @@ class Service:
         parsers: Where Python is read and patches are proved.
         turn: Rolls a patch back or redoes it, through a connected editor where one has the file open.
         root: Folder that paths must lie in; None: paths are refused.
+        runtime_name: The file that has the token.
         generations: What is generated now.
         tell: Called with a sentence for the user when something is wrong.
     """
@@ -55,6 +56,7 @@ class Service:
     parsers: Parsers = in_this_process
     turn: Turner | None = None
     root: Path | None = None
+    runtime_name: str = "runtime.json"
     generations: Generations = field(default_factory=Generations)
 
     @property
@@ -77,7 +79,7 @@ class Service:
             HttpError: 503: it is not here, or failed.
         """
         status = self.host.status
-        ready = self.host.engine_or_none
+        ready = self.engine_now()
         if ready is not None:
             return ready
         is_cancelled = threading.Event()
@@ -91,6 +93,25 @@ class Service:
         finally:
             is_cancelled.set()
 
+    def engine_now(self) -> Engine | None:
+        """The engine if it is there, None while it loads.
+
+        Returns:
+            The engine.
+
+        Raises:
+            HttpError: 503: there is no model, or the engine failed; without Retry-After, since waiting helps nobody.
+        """
+        engine, status = self.host.engine_or_none, self.host.status
+        if engine is not None:
+            now = engine.status()
+            if now.state == "failed":
+                raise HttpError(503, "the engine failed", code="failed", hint="Restart PlanPatch.", retry_after_s=0)
+            return engine
+        if status.state not in ("off", "loading"):
+            raise HttpError(503, status.message or "there is no model", code=status.state, hint=status.hint)
+        return None
+
     def ready_engine(self) -> Engine:
         """The engine, if it is there now.
 
@@ -100,10 +121,9 @@ class Service:
         Raises:
             HttpError: 503 with Retry-After: it is loading, or not here.
         """
-        engine = self.host.engine_or_none
+        engine = self.engine_now()
         if engine is None:
-            status = self.host.status
-            raise HttpError(503, status.message or "the model is loading", code="loading", hint=status.hint)
+            raise HttpError(503, self.host.status.message or "the model is loading", code="loading")
         return engine
 
     def check_token(self, request: Request) -> None:
@@ -119,7 +139,7 @@ class Service:
             raise HttpError(
                 401,
                 "this needs the token of the running server",
-                hint="Send Authorization: Bearer TOKEN; the token is in runtime.json under PLANPATCH_HOME.",
+                hint=f"Send Authorization: Bearer TOKEN; the token is in {self.runtime_name} under PLANPATCH_HOME.",
             )
 
 

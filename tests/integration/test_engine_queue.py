@@ -378,3 +378,23 @@ def test_a_device_that_fails_ends_the_engine_and_every_request_with_a_typed_erro
         engine.submit(request(engine))
     assert engine.status().state == "failed"
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(
+            "json_schema",
+            '{"$defs":{"N":{"type":"object","properties":{"c":{"$ref":"#/$defs/N"}},"required":["c"]}},"$ref":"#/$defs/N"}',
+        ),
+        Grammar("json_schema", '{"type":"string","pattern":"^(a{1000}){1000}$"}'),
+    ],
+)
+def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(grammar: Grammar, engine: InProcessEngine) -> None:
+    """It ended the engine, and with it everybody's requests, until PlanPatch was started again."""
+    token_ids = tuple(engine.tokenizer.encode_chat([Message("user", "hi")]))
+    with pytest.raises(UsageError) as found:
+        complete(engine, GenerationRequest(token_ids, SamplingParams(40, grammar=grammar)))
+    assert "Use a simpler grammar" in found.value.hint and "$defs" not in found.value.message
+    assert engine.status().state == "ready"
+    assert complete(engine, GenerationRequest(token_ids, SamplingParams(2))).token_ids != ()

@@ -53,8 +53,8 @@ def test_the_function_is_the_named_one_or_the_one_the_intent_names_or_the_only_o
     assert found(root, paths=["a.py"], intent="add() 음수 방지") == ("a.py", "add")
     assert found(root, paths=["inner/b.py"]) == ("b.py", "other")
     assert found(root, paths=["a.py"]) == ("a.py", "<module>")
-    assert found(root, code_paste="def f(): return 1") == ("", "f")
-    assert found(root, code_paste="broken(\n\n\ndef f():\n    return 1\n", function="f") == ("", "f")
+    assert found(root, code_paste="def f(): return 1") == ("<code_paste>", "f")
+    assert found(root, code_paste="broken(\n\n\ndef f():\n    return 1\n", function="f") == ("<code_paste>", "f")
 
 
 def test_a_folder_is_searched_without_hidden_ones_and_links_out_of_it(root: Path) -> None:

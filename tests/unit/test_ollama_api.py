@@ -167,9 +167,44 @@ def test_the_oldest_turns_go_where_the_chat_does_not_fit(tmp_path: Path) -> None
         assert call(f"{url}/api/chat", {"model": SCRIPTED, "messages": turns, "stream": False})[0] == 200
         shown = prompt_of(engine)
         assert "SYS" in shown and "last" in shown and "user 0" not in shown
+        assert call(f"{url}/api/chat", {"model": SCRIPTED, "messages": turns[1:], "stream": False})[0] == 200
+        assert "assistant" in prompt_of(engine), "without a system message a chat may begin with an answer"
         too_long = [{"role": "user", "content": "y" * 5000}]
         status, answer = call(f"{url}/api/chat", {"model": SCRIPTED, "messages": too_long, "stream": False})
         assert status == 400 and "400" in answer["error"]
+
+
+def test_num_ctx_is_a_wish_and_many_turns_keep_nobody_waiting(engine: ScriptedChat, url: str) -> None:
+    """400 turns that did not fit were encoded again and again on the loop: nobody was answered for a minute."""
+    one = [{"role": "user", "content": "Say hi"}]
+    for num_ctx in (1, 16):
+        body = {"model": SCRIPTED, "messages": one, "stream": False, "options": {"num_ctx": num_ctx}}
+        assert call(f"{url}/api/chat", body)[0] == 200
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "word " * 10} for n in range(2001)]
+    body = {"model": SCRIPTED, "messages": turns, "stream": False, "options": {"num_ctx": 256}}
+    asking = threading.Thread(target=call, args=(f"{url}/api/chat", body))
+    asking.start()
+    started_at = time.monotonic()
+    assert call(f"{url}/health")[0] == 200
+    assert time.monotonic() - started_at < 3
+    asking.join(20)
+    assert not asking.is_alive()
+
+
+def test_a_chat_may_begin_with_an_answer_and_go_on_with_one(engine: ScriptedChat, url: str) -> None:
+    turns = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "2+2?"}]
+    assert call(f"{url}/api/chat", {"model": SCRIPTED, "messages": turns, "stream": False})[0] == 200
+    turns += [{"role": "assistant", "content": "It is"}]
+    assert call(f"{url}/api/chat", {"model": SCRIPTED, "messages": turns, "stream": False})[0] == 200
+    assert prompt_of(engine).endswith("assistant\nIt is")
+
+
+def test_no_token_is_no_token(engine: ScriptedChat, url: str) -> None:
+    body = {"model": SCRIPTED, "prompt": "hi", "stream": False, "options": {"num_predict": 0}}
+    _, answer = call(f"{url}/api/generate", body)
+    assert (answer["response"], answer["eval_count"]) == ("", 0)
+    assert answer["context"] == list(asked(engine).prompt_token_ids)
+    assert call(f"{url}/api/generate", {**body, "context": [1.0, 2.0]})[0] == 200
 
 
 # --- tools and thinking ----------------------------------------------------------------------------------------------
