@@ -130,7 +130,9 @@ class Chromium:
 
     def _next(self, until: float) -> dict[str, Any]:
         while b"\0" not in self._held:
-            ready, _, _ = select.select([self._reading], [], [], max(0.0, until - time.monotonic()))
+            poll = select.poll()  # select() takes no descriptor above 1023
+            poll.register(self._reading, select.POLLIN)
+            ready = poll.poll(1000 * max(0.0, until - time.monotonic()))
             more = os.read(self._reading, 1 << 20) if ready else b""
             assert more, f"Chromium {'ended' if ready else 'does not answer'}\n{self._log.read_text()[-3000:]}"
             self._held += more

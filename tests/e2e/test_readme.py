@@ -81,7 +81,7 @@ def test_the_commands_cover_what_the_readme_promises() -> None:
 def test_every_option_that_the_readme_names_exists(tmp_path: Path) -> None:
     helped = "".join(
         planpatch(*command.split(), "--help", cwd=tmp_path).out
-        for command in ("", "plan", "patch", "lsp", "demo", "doctor", "bench", "bench cases", *LEDGER)
+        for command in ("", "plan", "patch", "lsp", "serve", "demo", "doctor", "bench", "bench cases", *LEDGER)
     )
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"pip install [^\n]*", "", README)))
     assert {option for option in named if option not in helped} == set()

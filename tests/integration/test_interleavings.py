@@ -85,6 +85,7 @@ class World:
         self.editor.on_apply = self.on_apply
         self.editor.on_ask = lambda message, choices: self.random.choice([None, *choices])
         self.manner: Callable[[BufferEdit], Any] = self.editor.apply_honestly
+        self.killed: list[Workbench] = []
         self.bench = self.start()
         self.buffer = self.editor.open(self.uri, text)
 
@@ -300,6 +301,7 @@ class World:
         for task in [*self.bench._tasks, *(job.task for job in self.bench.jobs.running() if job.task)]:
             task.cancel()
         await asyncio.sleep(0)
+        self.killed.append(self.bench)
         self.bench = self.start()
         self.editor.reopen(self.uri)
 
@@ -312,6 +314,8 @@ async def run_world(folder: Path, seed: int, num_steps: int) -> World:
         await world.step()
     await world.check_truth()
     await world.bench.close()
+    for bench in world.killed:  # at the very end: a killed process closes its files, this one keeps them
+        bench.records.close()
     assert faults == [], (faults, world.log)
     assert [message for message in world.editor.messages if "bug in PlanPatch" in message] == [], world.log
     return world
