@@ -74,9 +74,9 @@ class GrammarMatcher:
             UsageError: The grammar needs more states than llguidance allows.
         """
         if not self._matcher.consume_token(token_id):
-            if self._matcher.is_error():
-                raise self._fault()
-            raise AssertionError(f"the grammar does not allow token {token_id}")
+            if "satisfy the grammar" in self._matcher.get_error():
+                raise AssertionError(f"the grammar does not allow token {token_id}")
+            raise self._fault()
 
     def _fault(self) -> UsageError:
         """Why it cannot be followed, without the grammar and the parser's state, which belong to one client."""
