@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -34,6 +35,23 @@ def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen
     yield made
     made.close()
     assert not runtime_file.exists()
+
+
+def test_a_second_server_of_a_home_leaves_the_firsts_token_where_it_is(tmp_path: Path) -> None:
+    """It took the file over, and at its end took it away: nobody could read the first one's token any more."""
+    runtime_file = tmp_path / "runtime.json"
+    first = json.dumps({"pid": os.getppid(), "port": 1, "token": "first"})
+    runtime_file.write_text(first)
+    session = Session(Paths(tmp_path, tmp_path / "planpatch.toml"), Settings(), [])
+    service = Service(
+        ModelHost(lambda status: None), lambda: session, Records(lambda: Ledger(tmp_path / "l")), "second"
+    )
+    made = Listener(service, bind("127.0.0.1", 0, has_token=False, runtime_file=runtime_file), runtime_file)
+    own = tmp_path / f"runtime-{made.address.port}.json"
+    made.start()
+    assert json.loads(own.read_text())["token"] == "second" and service.runtime_name == own.name
+    made.close()
+    assert not own.exists() and runtime_file.read_text() == first
 
 
 def connected(listener: Listener) -> socket.socket:
