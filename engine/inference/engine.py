@@ -1,7 +1,8 @@
 """The engine in this process: one thread owns the model, everyone else queues a request and awaits it.
 
-One step advances one request by a prefill chunk, or several by one token each. Before each step the scheduler picks
-what matters most: an interactive request pauses a background one at the next step, and a cancelled one stops there.
+One step advances one request by a prefill chunk, or several by a token each and by what was drafted for them and proved
+right. Before each step the scheduler picks what matters most: an interactive request pauses a background one at the
+next step, and a cancelled one stops there.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, PlanPatchError, UsageError
-from engine.inference.adapters import BASE, AdapterFiles, AdapterSwitch, read_adapter
+from engine.inference.adapters import BASE, AdapterFiles, read_adapter
+from engine.inference.drafting import DraftLength, PromptLookup
 from engine.inference.loading import LoadedModel, context_length_of
 from engine.inference.protocol import (
     Completion,
@@ -34,11 +37,10 @@ from engine.inference.tokenizer import Detokenizer, HFChatTokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers.cache_utils import Cache
 
-    from engine.inference.batch import DecodeBatch
     from engine.inference.grammar import GrammarCompiler, GrammarMatcher
-    from engine.inference.kv_cache import PrefixCache
+    from engine.inference.kv_cache import PrefixCache, SequenceCache
+    from engine.inference.runner import Runner
     from engine.inference.sampling import Choice, Sampler
 
 
@@ -54,6 +56,7 @@ class EngineConfig:
         prefix_cache_bytes: Memory for KV caches of ended requests.
         max_rows: Requests of one priority that are decoded together on CPU.
         max_rows_gpu: The same on a GPU.
+        max_draft_tokens: Most tokens drafted for one step of a request; 0 for no speculation.
     """
 
     max_waiting: int = 64
@@ -63,6 +66,15 @@ class EngineConfig:
     prefix_cache_bytes: int = 512 * 1024 * 1024
     max_rows: int = 16
     max_rows_gpu: int = 64
+    max_draft_tokens: int = 31
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Tokens that may come next, and what a grammar allows before, between and after them."""
+
+    token_ids: Sequence[int] = ()
+    allowed: torch.Tensor | None = None  # bool [1 + num_draft_tokens, vocab_size]
 
 
 @dataclass(eq=False, slots=True)
@@ -77,14 +89,19 @@ class _Sequence:
     token_ids: list[int]
     detokenizer: Detokenizer
     stop_text: StopText
-    events: queue.SimpleQueue[Event | PlanPatchError] = field(default_factory=queue.SimpleQueue)
+    lookup: PromptLookup
+    draft_length: DraftLength
+    events: queue.SimpleQueue[list[Event] | PlanPatchError] = field(default_factory=queue.SimpleQueue)
     is_cancelled: bool = False
     is_admitted: bool = False
-    kv_cache: Cache | None = None
+    kv_cache: SequenceCache | None = None
     sampler: Sampler | None = None
     matcher: GrammarMatcher | None = None
     top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     hidden_sum: torch.Tensor | None = None  # of an embed request: [hidden_size], fp32
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_steps: int = 0
     num_computed: int = 0
     num_cached_tokens: int = 0
     queue_s: float = 0.0
@@ -196,6 +213,8 @@ class InProcessEngine:
                 token_ids=list(request.prompt_token_ids),
                 detokenizer=Detokenizer(self._tokenizer),
                 stop_text=StopText(request.params.stop),
+                lookup=PromptLookup(request.prompt_token_ids),
+                draft_length=DraftLength(1, self._config.max_draft_tokens),
             )
             self._sequences[sequence.id] = self._unstreamed[sequence.id] = sequence
             self._changed.notify_all()
@@ -219,11 +238,11 @@ class InProcessEngine:
             raise EngineError(f"There is no request {request_id}, or it was streamed before")
         try:
             while True:
-                event = sequence.events.get()
-                if isinstance(event, PlanPatchError):
-                    raise event
-                yield event
-                if isinstance(event, Completion):
+                events = sequence.events.get()
+                if isinstance(events, PlanPatchError):
+                    raise events
+                yield from events
+                if isinstance(events[-1], Completion):
                     return
         finally:
             self.cancel(request_id)
@@ -336,14 +355,13 @@ class InProcessEngine:
 
     def _start(self) -> None:
         from engine.inference.kv_cache import PrefixCache
+        from engine.inference.runner import ReferenceRunner
 
         loaded = self._load()
         self._prefix_cache: PrefixCache = PrefixCache(self._config.prefix_cache_bytes)
-        self._switch = AdapterSwitch(loaded.model)
+        self._runner: Runner = ReferenceRunner(loaded, self._config.max_draft_tokens)
         self._grammar_compiler: GrammarCompiler | None = None
-        self._batch: DecodeBatch | None = None
-        self._batch_rows: list[_Sequence] = []
-        self._switch.activate(self._adapter)
+        self._runner.activate(self._adapter)
         on_gpu = loaded.device.type != "cpu"
         self._max_rows = self._config.max_rows_gpu if on_gpu else self._config.max_rows
         self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
@@ -384,49 +402,48 @@ class InProcessEngine:
 
     def _batchable(self, decoding: list[_Sequence]) -> list[_Sequence]:
         """Those that can share a step with the first: the same adapter, and caches of ours."""
-        from engine.inference.kv_cache import KVCache
-
-        if not isinstance(decoding[0].kv_cache, KVCache):
+        kv_cache = decoding[0].kv_cache
+        if kv_cache is None or not kv_cache.can_go_back:
             return decoding[:1]
         return [sequence for sequence in decoding if sequence.adapter_digest == decoding[0].adapter_digest]
 
     def _step(self, sequences: list[_Sequence]) -> None:
-        """Admit if new, then run the model on one chunk; once the prompt is through, sample, and end if it is over."""
+        """Admit if new, draft, run the model, verify; end what is over."""
         if sequences[0].is_cancelled:
             return self._finish(sequences[0], FinishReason.CANCELLED)
         started_at = time.monotonic()
         try:
             if not sequences[0].is_admitted:
                 self._admit(sequences[0])
-            self._switch.activate(sequences[0].adapter)
-            rows = self._run_model(sequences)
-            choices = [self._sample(sequence, logits) for sequence, logits in zip(sequences, rows, strict=True)]
+            self._runner.activate(sequences[0].adapter)
+            drafts = self._drafts(sequences)
+            logits = self._run_model(drafts)
+            choices = [
+                self._verify(sequence, draft, rows)
+                for (sequence, draft), rows in zip(drafts.items(), logits, strict=True)
+            ]
         except PlanPatchError as error:
             return self._refuse(sequences, error)
         except Exception as fault:
             return self._refuse_or_fail(sequences, fault)
         elapsed_s = time.monotonic() - started_at
-        for sequence, choice in zip(sequences, choices, strict=True):
-            if isinstance(choice, UsageError):
-                self._refuse([sequence], choice)
-            else:
-                self._advance(sequence, choice, elapsed_s)
+        for sequence, chosen in zip(drafts, choices, strict=True):
+            self._advance(sequence, chosen, elapsed_s)
 
-    def _advance(self, sequence: _Sequence, choice: Choice | None, elapsed_s: float) -> None:
+    def _advance(self, sequence: _Sequence, choices: list[Choice], elapsed_s: float) -> None:
         """Take in what one step gave one sequence."""
         if sequence.is_decoding:
             sequence.decode_s += elapsed_s
         else:
             sequence.prefill_s += elapsed_s
         try:
-            reason = self._postprocess(sequence, choice)
+            reason = self._postprocess(sequence, choices)
         except UsageError as error:  # its grammar's; the others go on
             return self._refuse([sequence], error)
         if reason is not None:
             self._finish(sequence, reason)
 
     def _admit(self, sequence: _Sequence) -> None:
-        from engine.inference.kv_cache import new_kv_cache
         from engine.inference.sampling import Sampler
 
         assert self._loaded is not None
@@ -443,8 +460,8 @@ class InProcessEngine:
         if not request.embed:  # an embedding needs every hidden state
             sequence.kv_cache = self._prefix_cache.take(sequence.adapter_digest, sequence.token_ids)
         if sequence.kv_cache is None:
-            sequence.kv_cache = new_kv_cache(loaded.model.config)
-        sequence.num_computed = sequence.num_cached_tokens = sequence.kv_cache.get_seq_length()
+            sequence.kv_cache = self._runner.new_kv_cache()
+        sequence.num_computed = sequence.num_cached_tokens = sequence.kv_cache.num_tokens
 
     def _compiler(self) -> GrammarCompiler:
         from engine.inference.grammar import GrammarCompiler
@@ -455,107 +472,137 @@ class InProcessEngine:
             self._grammar_compiler = GrammarCompiler(self._loaded.folder, self._loaded.vocab_size, eos)
         return self._grammar_compiler
 
-    def _run_model(self, sequences: list[_Sequence]) -> list[torch.Tensor | None]:
-        """Logits `[vocab_size]` of each sequence's last token; None while its prompt is not through."""
-        if len(sequences) == 1:
-            self._break_up_batch()
-            return [self._run_chunk(sequences[0])]
-        return self._run_batch(sequences)
+    def _drafts(self, sequences: list[_Sequence]) -> dict[_Sequence, _Draft]:
+        """What is drafted for each; one whose grammar cannot be followed is refused, and the others go on."""
+        drafts: dict[_Sequence, _Draft] = {}
+        for sequence in sequences:
+            try:
+                drafts[sequence] = self._draft(sequence, self._num_drafts(sequence, len(sequences)))
+            except UsageError as error:
+                self._refuse([sequence], error)
+        return drafts
 
-    def _run_chunk(self, sequence: _Sequence) -> torch.Tensor | None:
-        """Compute the next chunk of one sequence's tokens."""
+    def _num_drafts(self, sequence: _Sequence, num_rows: int) -> int:
+        """Most draft tokens that this step can take for one of its sequences."""
+        assert sequence.kv_cache is not None
+        num_left = len(sequence.token_ids) - sequence.num_computed
+        if num_left > self._chunk_tokens or sequence.request.embed or not sequence.kv_cache.can_go_back:
+            return 0
+        return min(
+            sequence.draft_length.num_tokens,
+            self._runner.most_drafts(num_rows),
+            self._chunk_tokens - num_left,
+            sequence.request.params.max_new_tokens - sequence.num_generated - 1,
+        )
+
+    def _draft(self, sequence: _Sequence, num_tokens: int) -> _Draft:
+        """Guess what comes next, and ask the grammar what it allows all along the guess."""
+        matcher = sequence.matcher
+        if matcher is None:
+            return _Draft(sequence.lookup.draft(num_tokens) if num_tokens > 0 else ())
+        if len(sequence.token_ids) - sequence.num_computed > self._chunk_tokens:
+            return _Draft()
+        return self._draft_in_grammar(sequence.lookup, matcher, max(0, num_tokens))
+
+    def _draft_in_grammar(self, lookup: PromptLookup, matcher: GrammarMatcher, num_tokens: int) -> _Draft:
+        """Where the grammar leaves no choice its own text is drafted, elsewhere what the lookup finds and it allows."""
         import torch
 
-        assert self._loaded is not None
-        end = min(len(sequence.token_ids), sequence.num_computed + self._chunk_tokens)
-        chunk = torch.tensor([sequence.token_ids[sequence.num_computed : end]], device=self._loaded.device)
-        if sequence.request.embed:
-            return self._embed_chunk(sequence, chunk, end)
-        output = self._loaded.model(
-            input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True, logits_to_keep=1
-        )
-        sequence.num_computed = end
-        return output.logits[0, -1] if end == len(sequence.token_ids) else None
+        ahead, token_ids, allowed = matcher.copy(), list[int](), [matcher.allowed()]
+        with suppress(UsageError):  # states that only the draft leads to
+            while len(token_ids) < num_tokens:
+                more = ahead.forced_token_ids() or lookup.draft(num_tokens - len(token_ids), token_ids)
+                for num_taken, token_id in enumerate(more[: num_tokens - len(token_ids)]):
+                    if not allowed[-1][token_id] or token_id in self._tokenizer.eos_token_ids:
+                        more = more[:num_taken]
+                        break
+                    ahead.advance(token_id)
+                    if ahead.is_complete:
+                        more = ()
+                        break
+                    allowed.append(ahead.allowed())
+                    token_ids.append(token_id)
+                if not more:
+                    break
+        return _Draft(token_ids, torch.stack(allowed))
 
-    def _embed_chunk(self, sequence: _Sequence, chunk: torch.Tensor, end: int) -> None:
-        """Add up the last hidden states of a chunk."""
-        assert self._loaded is not None
-        body = self._loaded.model.base_model
-        output = body(input_ids=chunk, past_key_values=sequence.kv_cache, use_cache=True)
-        hidden = output.last_hidden_state[0].float().sum(0)
-        sequence.hidden_sum = hidden if sequence.hidden_sum is None else sequence.hidden_sum + hidden
-        sequence.num_computed = end
+    def _run_model(self, drafts: dict[_Sequence, _Draft]) -> list[torch.Tensor]:
+        """Logits `[1 + num_draft_tokens, vocab_size]` of each sequence; none while its prompt is not through."""
+        from engine.inference.runner import Row
 
-    def _run_batch(self, sequences: list[_Sequence]) -> list[torch.Tensor | None]:
-        """Compute the last token of several sequences in one step."""
-        from engine.inference.batch import DecodeBatch
+        rows: list[Row] = []
+        for sequence, draft in drafts.items():
+            assert sequence.kv_cache is not None
+            end = min(len(sequence.token_ids), sequence.num_computed + self._chunk_tokens)
+            token_ids = sequence.token_ids[sequence.num_computed : end]
+            sequence.num_computed = end
+            if sequence.request.embed:
+                hidden = self._runner.hidden_sum(sequence.kv_cache, token_ids)
+                sequence.hidden_sum = hidden if sequence.hidden_sum is None else sequence.hidden_sum + hidden
+                return [hidden[:0, None]]
+            is_through = end == len(sequence.token_ids)
+            rows.append(Row(sequence.kv_cache, [*token_ids, *draft.token_ids], is_through + len(draft.token_ids)))
+        return self._runner.run(rows)
 
-        assert self._loaded is not None
-        if self._batch is None or self._batch_rows != sequences or self._batch.is_full:
-            self._break_up_batch()
-            self._batch = DecodeBatch([sequence.kv_cache for sequence in sequences])  # type: ignore[misc]
-            self._batch_rows = list(sequences)
-        logits = self._batch.step(self._loaded.model, [sequence.token_ids[-1] for sequence in sequences])
-        for sequence in sequences:
-            sequence.num_computed = len(sequence.token_ids)
-        return list(logits)
+    def _verify(self, sequence: _Sequence, draft: _Draft, logits: torch.Tensor) -> list[Choice]:
+        """The next tokens, as far as the draft was right and one more; none while the prompt is not through."""
+        if not len(logits):
+            return []
+        assert sequence.sampler is not None and sequence.kv_cache is not None
+        allowed = None if draft.allowed is None else draft.allowed.to(logits.device)
+        choices = sequence.sampler.verify(logits, draft.token_ids, allowed)
+        num_accepted = len(choices) - 1
+        sequence.num_steps += 1
+        sequence.num_draft_tokens += len(draft.token_ids)
+        sequence.num_accepted_tokens += num_accepted
+        if draft.token_ids:
+            sequence.draft_length.learn(len(draft.token_ids), num_accepted)
+            sequence.num_computed += num_accepted
+            self._runner.settle(sequence.kv_cache)
+            sequence.kv_cache.truncate(sequence.num_computed)
+        return choices
 
-    def _break_up_batch(self) -> None:
-        """Give every sequence of the batch its keys and values back."""
-        if self._batch is not None:
-            for row, sequence in enumerate(self._batch_rows):
-                self._batch.take_out(row, sequence.kv_cache)  # type: ignore[arg-type]
-        self._batch, self._batch_rows = None, []
-
-    def _sample(self, sequence: _Sequence, logits: torch.Tensor | None) -> Choice | UsageError | None:
-        """The next token; None while the prompt is not through, or why this sequence alone cannot go on."""
-        if logits is None:
-            return None
-        assert sequence.sampler is not None
-        try:
-            allowed = sequence.matcher.allowed().to(logits.device) if sequence.matcher else None
-        except UsageError as error:
-            return error
-        return sequence.sampler.choose(logits, allowed)
-
-    def _postprocess(self, sequence: _Sequence, choice: Choice | None) -> FinishReason | None:
-        """Take the new token in, send its text out, and say why the generation is over, if it is."""
-        params = sequence.request.params
-        if choice is not None:
-            token_id = choice.token_id
-            if token_id in self._tokenizer.eos_token_ids or token_id in params.stop_token_ids:
-                return FinishReason.STOP
-            sequence.token_ids.append(token_id)
-            if params.top_logprobs:
-                sequence.top_logprobs.append(choice.top_logprobs)
-            text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
-            sequence.events.put(Token((token_id,), text, choice.logprob, choice.top_logprobs))
-            if sequence.matcher is not None:
-                sequence.matcher.advance(token_id)
-            if sequence.stop_text.is_stopped or (sequence.matcher is not None and sequence.matcher.is_complete):
-                return FinishReason.STOP
-            if sequence.num_generated >= params.max_new_tokens:
-                return FinishReason.LENGTH
+    def _postprocess(self, sequence: _Sequence, choices: list[Choice]) -> FinishReason | None:
+        """Take the new tokens in, send their text out, and say why the generation is over, if it is."""
+        params, events, reason = sequence.request.params, list[Event](), None
+        for choice in choices:
+            reason = self._take_in(sequence, choice, events)
+            if reason is not None:
+                break
+        if events:
+            sequence.events.put(events)
+        if reason is not None:
+            return reason
         if sequence.request.embed and sequence.num_computed == sequence.num_prompt_tokens:
             return FinishReason.STOP
         if params.max_time_s is not None and sequence.prefill_s + sequence.decode_s >= params.max_time_s:
             return FinishReason.TIME
         return None
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        from engine.inference.kv_cache import KVCache
+    def _take_in(self, sequence: _Sequence, choice: Choice, events: list[Event]) -> FinishReason | None:
+        """One token more."""
+        params, token_id = sequence.request.params, choice.token_id
+        if token_id in self._tokenizer.eos_token_ids or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        sequence.token_ids.append(token_id)
+        sequence.lookup.extend((token_id,))
+        if params.top_logprobs:
+            sequence.top_logprobs.append(choice.top_logprobs)
+        text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
+        events.append(Token((token_id,), text, choice.logprob, choice.top_logprobs))
+        if sequence.matcher is not None:
+            sequence.matcher.advance(token_id)
+        if sequence.stop_text.is_stopped or (sequence.matcher is not None and sequence.matcher.is_complete):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_generated >= params.max_new_tokens else None
 
-        if sequence in self._batch_rows:
-            self._break_up_batch()
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         rest = sequence.stop_text.push(sequence.detokenizer.flush()) + sequence.stop_text.flush()
-        if rest:
-            sequence.events.put(Token((), rest))
         hidden = sequence.hidden_sum
-        if isinstance(sequence.kv_cache, KVCache) and not sequence.request.embed:
-            sequence.kv_cache.truncate(min(sequence.num_computed, sequence.kv_cache.num_tokens))
-            self._prefix_cache.put(sequence.adapter_digest, sequence.token_ids, sequence.kv_cache)
+        self._keep_prefix(sequence)
         self._forget(sequence)
-        sequence.events.put(
+        end: list[Event] = [Token((), rest)] if rest else []
+        end.append(
             Completion(
                 token_ids=tuple(sequence.token_ids[sequence.num_prompt_tokens :]),
                 text=sequence.stop_text.text,
@@ -568,12 +615,27 @@ class InProcessEngine:
                 adapter=sequence.adapter_digest,
                 top_logprobs=tuple(sequence.top_logprobs),
                 embedding=() if hidden is None else tuple((hidden / sequence.num_computed).tolist()),
+                num_draft_tokens=sequence.num_draft_tokens,
+                num_accepted_tokens=sequence.num_accepted_tokens,
+                num_steps=sequence.num_steps,
             )
         )
+        sequence.events.put(end)
+
+    def _keep_prefix(self, sequence: _Sequence) -> None:
+        """What was computed serves the next request with the same beginning."""
+        kv_cache, sequence.kv_cache = sequence.kv_cache, None
+        if kv_cache is None:
+            return
+        self._runner.settle(kv_cache)
+        if kv_cache.can_go_back and not sequence.request.embed:
+            kv_cache.truncate(min(sequence.num_computed, len(sequence.token_ids), kv_cache.num_tokens))
+            self._prefix_cache.put(sequence.adapter_digest, sequence.token_ids, kv_cache)
+        else:
+            kv_cache.release()
 
     def _refuse(self, sequences: list[_Sequence], error: PlanPatchError) -> None:
-        if any(sequence in self._batch_rows for sequence in sequences):
-            self._break_up_batch()
+        self._runner.settle()
         for sequence in sequences:
             self._forget(sequence)
             sequence.events.put(error)
@@ -587,17 +649,18 @@ class InProcessEngine:
 
         if not isinstance(fault, torch.OutOfMemoryError):
             raise fault
-        sequences = list({sequence.id: sequence for sequence in (*sequences, *self._batch_rows)}.values())
-        self._batch, self._batch_rows = None, []
+        lost = [id(kv_cache) for kv_cache in self._runner.abandon()]
+        others = [sequence for sequence in self._sequences.values() if id(sequence.kv_cache) in lost]
+        sequences = list({sequence.id: sequence for sequence in (*sequences, *others)}.values())
         self._prefix_cache.clear()
-        for sequence in sequences:
-            sequence.kv_cache = None
         torch.cuda.empty_cache()
         message = f"Out of memory on {self._status.device}"
         self._refuse(sequences, EngineError(message, hint="Select a smaller function."))
 
     def _forget(self, sequence: _Sequence) -> None:
         """It has ended: only its events stay until they are streamed, and not those of everyone who never asks."""
+        if sequence.kv_cache is not None:
+            sequence.kv_cache.release()
         sequence.kv_cache = sequence.sampler = sequence.matcher = None
         with self._changed:
             self._sequences.pop(sequence.id, None)

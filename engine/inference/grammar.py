@@ -83,6 +83,10 @@ class GrammarMatcher:
         reason = self._matcher.get_error().partition("\n")[0].partition("<state>")[0].strip()[:200]
         return UsageError(f"The grammar cannot be followed any further: {reason}", hint="Use a simpler grammar.")
 
+    def copy(self) -> GrammarMatcher:
+        """One at the same place that goes its own way; takes a microsecond."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
+
     def rollback(self, num_tokens: int) -> None:
         """Take back the last `num_tokens` tokens."""
         if not self._matcher.rollback(num_tokens):

@@ -10,12 +10,44 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 _MIN_CAPACITY = 256
+
+
+class SequenceCache(Protocol):
+    """Keys and values of one sequence, whoever computes them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it holds."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its buffers."""
+        ...
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether `truncate` and `copy_prefix` work, and the cache can share a step with others."""
+        ...
+
+    def truncate(self, num_tokens: int) -> None:
+        """Go back to the first `num_tokens` tokens."""
+        ...
+
+    def copy_prefix(self, num_tokens: int) -> SequenceCache:
+        """A cache of its own with the first `num_tokens` tokens of this one."""
+        ...
+
+    def release(self) -> None:
+        """Give its memory back; it is of no use any more."""
+        ...
 
 
 class KVLayer(DynamicLayer):
@@ -93,6 +125,8 @@ class KVCache(Cache):
         super().__init__(layers=list(layers))
         self.kv_layers = tuple(layers)
 
+    can_go_back = True
+
     @classmethod
     def empty(cls, num_layers: int) -> KVCache:
         """A cache of no tokens."""
@@ -118,18 +152,44 @@ class KVCache(Cache):
         """A cache of its own with the first `num_tokens` tokens of this one."""
         return KVCache([layer.copy_prefix(num_tokens) for layer in self.kv_layers])
 
+    def release(self) -> None:
+        """Nothing to do: its buffers go with it."""
 
-def new_kv_cache(config: PretrainedConfig) -> Cache:
+
+class ForwardCache(DynamicCache):
+    """Transformers' own cache, which cannot go back."""
+
+    can_go_back = False
+    num_bytes = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it holds."""
+        return self.get_seq_length()
+
+    def truncate(self, num_tokens: int) -> None:
+        """It cannot."""
+        raise AssertionError("this cache cannot go back")
+
+    def copy_prefix(self, num_tokens: int) -> SequenceCache:
+        """It cannot."""
+        raise AssertionError("this cache cannot go back")
+
+    def release(self) -> None:
+        """Nothing to do: its buffers go with it."""
+
+
+def new_kv_cache(config: PretrainedConfig) -> KVCache | ForwardCache:
     """An empty cache for a model: ours where every layer has full attention, else transformers'.
 
     Args:
         config: The model's configuration.
 
     Returns:
-        A `KVCache`, or a `DynamicCache` that cannot go back.
+        A `KVCache`, or a `ForwardCache` that cannot go back.
     """
     text_config = config.get_text_config(decoder=True)
-    stock = DynamicCache(config=text_config)
+    stock = ForwardCache(config=text_config)
     num_layers = int(text_config.num_hidden_layers)
     if len(stock.layers) in (0, num_layers) and all(type(layer) is DynamicLayer for layer in stock.layers):
         return KVCache.empty(num_layers)
@@ -139,7 +199,7 @@ def new_kv_cache(config: PretrainedConfig) -> Cache:
 @dataclass(slots=True)
 class _Entry:
     token_ids: list[int]
-    kv_cache: KVCache
+    kv_cache: SequenceCache
 
 
 class PrefixCache:
@@ -161,7 +221,7 @@ class PrefixCache:
         """Memory of all caches."""
         return sum(entry.kv_cache.num_bytes for _, entry in self._entries.values())
 
-    def take(self, adapter: str, token_ids: Sequence[int]) -> KVCache | None:
+    def take(self, adapter: str, token_ids: Sequence[int]) -> SequenceCache | None:
         """A cache that holds the longest known prefix of `token_ids`, the last token never counted.
 
         Args:
@@ -185,18 +245,26 @@ class PrefixCache:
         self._entries.move_to_end(best_key)
         return entry.kv_cache.copy_prefix(best_length)
 
-    def put(self, adapter: str, token_ids: Sequence[int], kv_cache: KVCache) -> None:
-        """Keep `kv_cache`, which holds the first `kv_cache.num_tokens` of `token_ids`."""
+    def put(self, adapter: str, token_ids: Sequence[int], kv_cache: SequenceCache) -> None:
+        """Keep `kv_cache`, which holds the first `kv_cache.num_tokens` of `token_ids`; it is released when dropped."""
         if kv_cache.num_tokens == 0 or kv_cache.num_bytes > self._max_bytes:
-            return
+            return kv_cache.release()
         self._entries[self._next_key] = (adapter, _Entry(list(token_ids[: kv_cache.num_tokens]), kv_cache))
         self._next_key += 1
         while self.num_bytes > self._max_bytes:
-            self._entries.popitem(last=False)
+            self.drop_oldest()
+
+    def drop_oldest(self) -> bool:
+        """Drop the cache that was used longest ago; returns whether there was one."""
+        if not self._entries:
+            return False
+        self._entries.popitem(last=False)[1][1].kv_cache.release()
+        return True
 
     def clear(self) -> None:
         """Drop everything."""
-        self._entries.clear()
+        while self.drop_oldest():
+            pass
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:

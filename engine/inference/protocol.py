@@ -136,6 +136,9 @@ class Completion:
         adapter: Digest of the adapter used, `__none__` for the base.
         top_logprobs: For each of `token_ids` the likeliest tokens there, as many as were asked for, likeliest first.
         embedding: For an `embed` request, `hidden_size` numbers.
+        num_draft_tokens: Tokens that were drafted and verified.
+        num_accepted_tokens: How many of them were right.
+        num_steps: Steps that gave tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -149,6 +152,9 @@ class Completion:
     adapter: str = "__none__"
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     embedding: tuple[float, ...] = ()
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_steps: int = 0
 
 
 Event = Token | Completion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,40 +42,75 @@ class Sampler:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen[torch.tensor(prompt_token_ids, device=device)] = True
 
-    def choose(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> Choice:
-        """The next token.
+    def verify(
+        self, logits: torch.Tensor, draft_token_ids: Sequence[int] = (), allowed: torch.Tensor | None = None
+    ) -> list[Choice]:
+        """Choose after the sequence's last token, and after each draft token as long as the choice was that very token.
+
+        A draft token is a guess with no probability of its own, so taking the choice where both agree and stopping
+        where they do not is speculative decoding's acceptance rule (Leviathan et al. 2023, section 2.3), and a sampled
+        text is the same, number by number of its generator, with drafts and without.
 
         Args:
-            logits: One row, `[vocab_size]`, any float dtype.
-            allowed: The tokens that the grammar allows, bool `[vocab_size]`.
+            logits: `[1 + num_draft_tokens, vocab_size]`, any float dtype.
+            draft_token_ids: The draft.
+            allowed: The tokens that the grammar allows at each place, bool of the shape of `logits`.
 
         Returns:
-            The token. It counts as seen from now on.
+            The tokens, at least one; they count as seen from now on.
         """
-        logits = self._penalised(logits.float())
+        logits = self._penalised(logits.float(), draft_token_ids)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, float("-inf"))
-        token_id = int(logits.argmax()) if self._generator is None else self._sample(logits.cpu(), self._generator)
+        likeliest = logits.argmax(-1).tolist() if self._generator is None else None
+        token_ids: list[int] = []
+        for row, draft_token_id in enumerate((*draft_token_ids, None)):
+            token_id = likeliest[row] if likeliest is not None else self._sample(logits[row].cpu())
+            token_ids.append(token_id)
+            if token_id != draft_token_id:
+                break
         if self._seen is not None:
-            self._seen[token_id] = True
-        return self._with_logprobs(token_id, logits)
+            self._seen[torch.tensor(token_ids, device=self._seen.device)] = True
+        return self._with_logprobs(token_ids, logits)
 
-    def _with_logprobs(self, token_id: int, logits: torch.Tensor) -> Choice:
+    def _with_logprobs(self, token_ids: list[int], logits: torch.Tensor) -> list[Choice]:
         if not self._params.top_logprobs:
-            return Choice(token_id)
-        logprobs = logits.log_softmax(-1)
+            return [Choice(token_id) for token_id in token_ids]
+        logprobs = logits[: len(token_ids)].log_softmax(-1)
         top = logprobs.topk(min(self._params.top_logprobs, logits.shape[-1]))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return Choice(token_id, float(logprobs[token_id]), tuple(TokenLogprob(*pair) for pair in pairs))
+        chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])[:, 0].tolist()
+        choices: list[Choice] = []
+        for token_id, logprob, ids, values in zip(
+            token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            pairs = zip(ids, values, strict=True)
+            choices.append(Choice(token_id, logprob, tuple(TokenLogprob(*pair) for pair in pairs)))
+        return choices
 
-    def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
-        """Keskar et al. 2019 (CTRL), section 4.1, in transformers' form: seen logits shrink towards minus infinity."""
+    def _penalised(self, logits: torch.Tensor, draft_token_ids: Sequence[int]) -> torch.Tensor:
+        """Keskar et al. 2019 (CTRL), section 4.1, in transformers' form: seen logits shrink towards minus infinity.
+
+        After a draft token it has been seen too.
+        """
         if self._seen is None:
             return logits
-        penalty = self._params.repetition_penalty
-        return torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        penalty, seen = self._params.repetition_penalty, self._seen[None]
+        if draft_token_ids:
+            seen = self._seen_with(draft_token_ids)
+        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    def _sample(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+    def _seen_with(self, draft_token_ids: Sequence[int]) -> torch.Tensor:
+        """What has been seen after each draft token, bool `[1 + num_draft_tokens, vocab_size]`."""
+        assert self._seen is not None
+        first_at = {token_id: place for place, token_id in reversed(list(enumerate(draft_token_ids)))}
+        rows = torch.arange(1 + len(draft_token_ids), device=self._seen.device)
+        places = torch.tensor(list(first_at.values()), device=self._seen.device)
+        token_ids = torch.tensor(list(first_at), device=self._seen.device).expand(len(rows), -1)
+        drafted = rows[:, None] > places
+        seen = self._seen.repeat(len(rows), 1)
+        return seen.scatter_(1, token_ids, drafted | seen.gather(1, token_ids))
+
+    def _sample(self, logits: torch.Tensor) -> int:
         params = self._params
         logits = logits / params.temperature
         if 0 < params.top_k < logits.shape[-1]:
@@ -84,7 +120,7 @@ class Sampler:
         probabilities = logits.softmax(-1)
         if params.min_p > 0:
             probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -371,7 +371,7 @@ def test_a_device_that_fails_ends_the_engine_and_every_request_with_a_typed_erro
     engine.wait_until_ready()
     running = engine.stream(engine.submit(request(engine, max_new_tokens=2000)))
     next(running)
-    engine._loaded = replace(loaded, model=None)  # type: ignore[arg-type]  # what a lost device looks like from here
+    engine._runner._loaded = replace(loaded, model=None)  # type: ignore  # what a lost device looks like from here
     with pytest.raises(PlanPatchError, match="The engine failed"):
         list(running)
     with pytest.raises(EngineError, match="The engine failed"):

@@ -192,6 +192,54 @@ def test_a_grammar_gives_the_reference_tokens_and_valid_json(fp32: Bench) -> Non
     check_equal(fp32, prompt, params, completion)
 
 
+def test_speculation_gives_the_reference_tokens_in_fewer_steps(fp32: Bench, length: Callable[[int, int], int]) -> None:
+    prompt = fp32.prompt(
+        f"Write this out again, with `low` in the place of `high` in line 3:\n```python\n{FUNCTION}```"
+    )
+    params = SamplingParams(max_new_tokens=length(40, 64), repetition_penalty=1.03, top_logprobs=2)
+    completion = fp32.generate(prompt, params)
+    check_equal(fp32, prompt, params, completion)
+    assert len(completion.top_logprobs) == len(completion.token_ids)
+    assert completion.num_accepted_tokens > 10
+    assert completion.num_steps < 0.7 * len(completion.token_ids)
+    assert completion.num_steps + completion.num_accepted_tokens in range(len(completion.token_ids), 999)
+    again = fp32.generate([*prompt, *completion.token_ids[:20]], SamplingParams(4, repetition_penalty=1.03))
+    assert again.token_ids == completion.token_ids[20:24], "rejected drafts left nothing in the cache"
+
+
+def test_a_grammar_s_own_text_is_drafted_and_the_tokens_are_the_reference_s(fp32: Bench) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "a_name_that_is_long_enough": {"enum": ["one and only value", "another"]},
+            "n": {"type": "integer"},
+        },
+        "required": ["a_name_that_is_long_enough", "n"],
+        "additionalProperties": False,
+    }
+    params = SamplingParams(
+        max_new_tokens=60, grammar=Grammar("json_schema", json.dumps(schema)), repetition_penalty=1.1
+    )
+    prompt = fp32.prompt("Answer with JSON.")
+    completion = fp32.generate(prompt, params)
+    assert completion.finish_reason is FinishReason.STOP
+    assert json.loads(completion.text)["a_name_that_is_long_enough"] in ("one and only value", "another")
+    assert completion.num_accepted_tokens > 8
+    check_equal(fp32, prompt, params, completion)
+
+
+def test_a_sampled_text_is_the_same_with_drafts_and_without(fp32: Bench) -> None:
+    prompt = fp32.prompt(f"Write this out again:\n```python\n{FUNCTION}```")
+    params = SamplingParams(max_new_tokens=40, temperature=0.7, top_p=0.95, seed=11, repetition_penalty=1.05)
+    drafted = fp32.generate(prompt, params)
+    config = EngineConfig(max_draft_tokens=0)
+    with InProcessEngine("plain", fp32.loaded.folder, lambda: fp32.loaded, config=config) as plain:
+        plain.wait_until_ready()
+        alone = complete(plain, GenerationRequest(tuple(prompt), params))
+    assert alone.num_draft_tokens == 0 < drafted.num_accepted_tokens
+    assert drafted.token_ids == alone.token_ids
+
+
 def test_after_a_cancel_the_next_generation_is_as_if_nothing_had_been(fp32: Bench) -> None:
     prompt = fp32.prompt(TEXTS[0])
     params = SamplingParams(max_new_tokens=200)
@@ -203,7 +251,8 @@ def test_after_a_cancel_the_next_generation_is_as_if_nothing_had_been(fp32: Benc
     assert all(isinstance(event, Token) for event in seen)
     assert isinstance(rest[-1], Completion)
     assert rest[-1].finish_reason is FinishReason.CANCELLED
-    assert len(rest[-1].token_ids) <= 3 + 2, "a cancel waits for one step at most"
+    most = 1 + EngineConfig().max_draft_tokens
+    assert len(rest[-1].token_ids) <= 3 + 2 * most, "a cancel waits for one step at most"
     short = SamplingParams(max_new_tokens=8)
     completion = fp32.generate(prompt, short)
     assert completion.num_cached_tokens > 0

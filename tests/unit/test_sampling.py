@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from engine.inference.protocol import SamplingParams
-from engine.inference.sampling import Sampler
+from engine.inference.sampling import Choice, Sampler
 
 pytestmark = pytest.mark.unit
 
@@ -32,21 +32,26 @@ def sampler(prompt: tuple[int, ...] = PROMPT, **params: object) -> Sampler:
     return Sampler(SamplingParams(max_new_tokens=1, **params), prompt, VOCAB_SIZE, CPU)  # type: ignore[arg-type]
 
 
+def choose(one: Sampler, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> Choice:
+    (choice,) = one.verify(logits[None], (), None if allowed is None else allowed[None])
+    return choice
+
+
 def draws(logits: torch.Tensor, num: int = 400, **params: object) -> Counter[int]:
     one = sampler(temperature=params.pop("temperature", 1.0), seed=5, **params)  # type: ignore[arg-type]
-    return Counter(one.choose(logits).token_id for _ in range(num))
+    return Counter(choose(one, logits).token_id for _ in range(num))
 
 
 def test_greedy_takes_the_likeliest_whatever_the_other_parameters_say() -> None:
     for seed in range(20):
         logits = logits_of(seed)
         one = sampler(top_k=1000, top_p=0.1, min_p=1.0, seed=3)
-        assert one.choose(logits).token_id == int(logits.argmax())
+        assert choose(one, logits).token_id == int(logits.argmax())
 
 
 def test_top_k_of_one_is_greedy() -> None:
     for seed in range(20):
-        assert sampler(temperature=2.0, top_k=1, seed=seed).choose(logits_of(seed)).token_id == int(
+        assert choose(sampler(temperature=2.0, top_k=1, seed=seed), logits_of(seed)).token_id == int(
             logits_of(seed).argmax()
         )
 
@@ -60,7 +65,7 @@ def test_the_repetition_penalty_is_transformers_and_counts_the_prompt(penalty: f
         logits = logits_of(seed, dtype)
         scores = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits.float()[None])  # type: ignore[arg-type]
         expected = int(scores[0].argmax())
-        assert one.choose(logits).token_id == expected
+        assert choose(one, logits).token_id == expected
         seen.append(expected)
 
 
@@ -102,10 +107,10 @@ def test_equal_logits_all_stay_in_top_k() -> None:
 def test_a_seed_repeats_and_another_one_differs() -> None:
     flat = torch.zeros(VOCAB_SIZE)
     first, again, other = (sampler(temperature=1.0, seed=seed) for seed in (1, 1, 2))
-    runs = [[one.choose(flat).token_id for _ in range(20)] for one in (first, again, other)]
+    runs = [[choose(one, flat).token_id for _ in range(20)] for one in (first, again, other)]
     assert runs[0] == runs[1] != runs[2]
     assert len(set(runs[0])) > 5
-    unseeded = [[sampler(temperature=1.0).choose(flat).token_id for _ in range(8)] for _ in range(2)]
+    unseeded = [[choose(sampler(temperature=1.0), flat).token_id for _ in range(8)] for _ in range(2)]
     assert unseeded[0] != unseeded[1]
 
 
@@ -114,13 +119,13 @@ def test_only_what_a_grammar_allows_is_chosen(temperature: float) -> None:
     allowed = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
     allowed[[5, 9]] = True
     one = sampler(temperature=temperature, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
-    assert {one.choose(logits_of(seed), allowed).token_id for seed in range(40)} == {5, 9}
+    assert {choose(one, logits_of(seed), allowed).token_id for seed in range(40)} == {5, 9}
 
 
 def test_the_logits_are_left_as_they_were() -> None:
     logits = logits_of(0)
     kept = logits.clone()
-    sampler(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.3).choose(logits)
+    choose(sampler(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.3), logits)
     assert logits.equal(kept)
 
 
@@ -131,9 +136,50 @@ def test_the_likeliest_tokens_are_told_with_what_the_choice_was_made_from() -> N
     penalised = torch.where(logits > 0, logits / 1.3, logits * 1.3)[[2, 5, 9]].log_softmax(-1)
     prompt = tuple(range(len(logits)))
     params = SamplingParams(1, repetition_penalty=1.3, top_logprobs=2)
-    choice = Sampler(params, prompt, len(logits), torch.device("cpu")).choose(logits, allowed)
+    choice = choose(Sampler(params, prompt, len(logits), torch.device("cpu")), logits, allowed)
     expected = sorted(zip(penalised.tolist(), (2, 5, 9), strict=True), reverse=True)[:2]
     assert [top.token_id for top in choice.top_logprobs] == [token_id for _, token_id in expected]
     assert [top.logprob for top in choice.top_logprobs] == pytest.approx([logprob for logprob, _ in expected])
     assert choice.token_id == expected[0][1]
-    assert sampler().choose(logits).top_logprobs == ()
+    assert choose(sampler(), logits).top_logprobs == ()
+
+
+def drafted(logits: torch.Tensor, draft: list[int], allowed: torch.Tensor | None = None, **params: object) -> list[int]:
+    return [choice.token_id for choice in sampler(**params).verify(logits, draft, allowed)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.4}, {"temperature": 1.3, "seed": 3, "top_k": 7}])
+def test_verifying_a_draft_gives_what_choosing_one_by_one_gives(params: dict[str, float]) -> None:
+    for seed in range(40):
+        rows = torch.stack([logits_of(100 * seed + place) for place in range(6)])
+        one = sampler(**params)
+        expected = [choose(one, row).token_id for row in rows]
+        for num_right in range(6):
+            draft = [*expected[:num_right], *((token_id + 1) % VOCAB_SIZE for token_id in expected[num_right:5])]
+            assert drafted(rows, draft, **params) == expected[: num_right + 1]
+
+
+def test_a_drafted_token_counts_as_seen_for_the_next_one_even_twice() -> None:
+    rows = torch.zeros(4, VOCAB_SIZE)
+    rows[:, 20], rows[:, 21] = 2.0, 1.9
+    assert drafted(rows, [20, 21, 20], repetition_penalty=1.2) == [20, 21, 20, 20]
+    rows[1:, 21] = 2.1
+    rows[2:, 22] = 1.95
+    assert drafted(rows, [20, 21, 22], repetition_penalty=1.2) == [20, 21, 22, 21]
+
+
+def test_a_draft_that_a_grammar_forbids_is_not_chosen() -> None:
+    rows = torch.stack([logits_of(1), logits_of(2)])
+    allowed = torch.zeros(2, VOCAB_SIZE, dtype=torch.bool)
+    allowed[0, 5] = allowed[1, 9] = True
+    assert drafted(rows, [5], allowed) == [5, 9]
+    assert drafted(rows, [6], allowed) == [5]
+
+
+def test_logprobs_of_a_verified_draft_are_those_of_each_place() -> None:
+    rows = torch.stack([logits_of(seed) for seed in range(3)])
+    draft = [int(row.argmax()) for row in rows[:2]]
+    choices = sampler(top_logprobs=2).verify(rows, draft)
+    for choice, row in zip(choices, rows, strict=True):
+        assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[choice.token_id]))
+        assert [one.token_id for one in choice.top_logprobs] == row.topk(2).indices.tolist()

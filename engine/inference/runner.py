@@ -1,0 +1,145 @@
+"""How the engine's thread reaches the model: tokens of some sequences in, logits out. Knows no requests.
+
+`ReferenceRunner` runs transformers' own modules, on any device. It keeps sequences that decode together in one batch
+until one joins or leaves, so their KV caches are up to date only after `settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from engine.inference.adapters import AdapterFiles, AdapterSwitch
+from engine.inference.batch import DecodeBatch
+from engine.inference.kv_cache import KVCache, SequenceCache, new_kv_cache
+from engine.inference.loading import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one step computes of one sequence.
+
+    Args:
+        kv_cache: Holds all tokens before; it gains `token_ids`.
+        token_ids: The next tokens, draft tokens last.
+        num_logits: For how many of the last of them logits are wanted.
+    """
+
+    kv_cache: SequenceCache
+    token_ids: Sequence[int]
+    num_logits: int
+
+
+class Runner(Protocol):
+    """One model on one device. Everything is called by the engine's thread."""
+
+    def new_kv_cache(self) -> SequenceCache:
+        """An empty cache for one sequence."""
+        ...
+
+    def most_drafts(self, num_rows: int) -> int:
+        """How many draft tokens each of `num_rows` sequences may bring into one decode step."""
+        ...
+
+    def run(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """Compute the tokens of each row; several rows only when each was through its prompt before.
+
+        Returns:
+            For each row logits `[num_logits, vocab_size]`.
+        """
+        ...
+
+    def hidden_sum(self, kv_cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """Compute tokens; returns the sum of their last hidden states, fp32 `[hidden_size]`."""
+        ...
+
+    def settle(self, kv_cache: SequenceCache | None = None) -> None:
+        """Bring the caches of all rows (or nothing, if `kv_cache` is not among them) up to date, to be cut or kept."""
+        ...
+
+    def abandon(self) -> list[SequenceCache]:
+        """Give the rows of a failed step up; returns the caches that are of no use any more."""
+        ...
+
+    def activate(self, adapter: AdapterFiles | None) -> None:
+        """Run with an adapter from now on, None for the base.
+
+        Raises:
+            AdapterError: It does not fit the base, or cannot be loaded.
+        """
+        ...
+
+
+class ReferenceRunner:
+    """See the module's docstring.
+
+    Args:
+        loaded: The model.
+        max_draft_tokens: Draft tokens of one step; 0 for none.
+    """
+
+    def __init__(self, loaded: LoadedModel, max_draft_tokens: int) -> None:
+        self._loaded = loaded
+        self._max_draft_tokens = max_draft_tokens
+        self._switch = AdapterSwitch(loaded.model)
+        self._batch: DecodeBatch | None = None
+        self._batch_caches: list[KVCache] = []
+
+    def new_kv_cache(self) -> SequenceCache:
+        """See `Runner`."""
+        return new_kv_cache(self._loaded.model.config)
+
+    def most_drafts(self, num_rows: int) -> int:
+        """See `Runner`. Rows side by side take one token each."""
+        return self._max_draft_tokens if num_rows == 1 else 0
+
+    def run(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """See `Runner`."""
+        if len(rows) > 1:
+            return list(self._run_batch(rows)[:, None])
+        (row,) = rows
+        self.settle()
+        output = self._forward(self._loaded.model, row, logits_to_keep=max(1, row.num_logits))
+        return [output.logits[0, output.logits.shape[1] - row.num_logits :]]
+
+    def hidden_sum(self, kv_cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+        """See `Runner`."""
+        self.settle()
+        output = self._forward(self._loaded.model.base_model, Row(kv_cache, token_ids, 0))
+        return output.last_hidden_state[0].float().sum(0)
+
+    def settle(self, kv_cache: SequenceCache | None = None) -> None:
+        """See `Runner`."""
+        if self._batch is None or (kv_cache is not None and all(kv_cache is not one for one in self._batch_caches)):
+            return
+        for row, one in enumerate(self._batch_caches):
+            self._batch.take_out(row, one)
+        self.abandon()
+
+    def abandon(self) -> list[SequenceCache]:
+        """See `Runner`."""
+        caches, self._batch, self._batch_caches = self._batch_caches, None, []
+        return list(caches)
+
+    def activate(self, adapter: AdapterFiles | None) -> None:
+        """See `Runner`."""
+        self._switch.activate(adapter)
+
+    def _forward(self, module: Any, row: Row, **arguments: object) -> Any:
+        token_ids = torch.tensor([list(row.token_ids)], device=self._loaded.device)
+        return module(input_ids=token_ids, past_key_values=row.kv_cache, use_cache=True, **arguments)
+
+    def _run_batch(self, rows: Sequence[Row]) -> torch.Tensor:
+        caches = [row.kv_cache for row in rows]
+        is_same = len(caches) == len(self._batch_caches) and all(
+            one is other for one, other in zip(caches, self._batch_caches, strict=True)
+        )
+        if self._batch is None or not is_same or self._batch.is_full:
+            self.settle()
+            self._batch_caches = [cache for cache in caches if isinstance(cache, KVCache)]
+            assert len(self._batch_caches) == len(caches), "caches that cannot go back do not share a step"
+            self._batch = DecodeBatch(self._batch_caches)
+        return self._batch.step(self._loaded.model, [row.token_ids[0] for row in rows])
