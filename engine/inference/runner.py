@@ -45,7 +45,10 @@ class Runner(Protocol):
         ...
 
     def run(self, rows: Sequence[Row]) -> list[torch.Tensor]:
-        """Compute the tokens of each row; several rows only when each was through its prompt before.
+        """Compute the tokens of each row.
+
+        Args:
+            rows: One, or several that were through their prompts before.
 
         Returns:
             For each row logits `[num_logits, vocab_size]`.
