@@ -134,6 +134,7 @@ def test_a_listener_with_a_token_shows_the_bare_page_and_takes_the_runtime_token
         return guarded.get(path, **facts)[0]
 
     assert code("/status") == 200
+    assert code("/status", method="HEAD") == 200
     assert code("/status", method="POST") == 401
     assert [code(path) for path in ("/health", "/requests", "/ledger", "/status/", "/")] == [401] * 5
     for token in (guarded.service.token, "the-users-own"):
