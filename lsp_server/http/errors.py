@@ -79,7 +79,9 @@ class HttpError(Exception):
     def of(cls, error: PlanPatchError) -> HttpError:
         """One of our errors as HTTP says it."""
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 400)
-        return cls(status, error.message, code=error.code, hint=error.hint, **error.details)
+        is_lasting = isinstance(error, EngineError) and not error.details.get("queue_full")
+        retry = 0 if is_lasting else None
+        return cls(status, error.message, code=error.code, hint=error.hint, retry_after_s=retry, **error.details)
 
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
