@@ -11,6 +11,8 @@ from engine.errors import (
     BudgetError,
     CancelledError,
     ContextLengthError,
+    EditorError,
+    EditorUnreachableError,
     EngineError,
     GateError,
     LedgerError,
@@ -29,6 +31,7 @@ RETRY_AFTER_S = 2
 _STATUS: tuple[tuple[type[PlanPatchError], int], ...] = (
     (GateError, 422),
     (StaleTextError, 409),
+    (EditorError, 409),
     (BudgetError, 504),
     (ContextLengthError, 413),
     (CancelledError, 499),
@@ -39,6 +42,7 @@ _STATUS: tuple[tuple[type[PlanPatchError], int], ...] = (
     (WriteError, 500),
     (ModelError, 503),
     (EngineError, 503),
+    (EditorUnreachableError, 503),
 )
 
 
