@@ -17,6 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.errors import (
+    EditorError,
+    LedgerError,
+    PlanPatchError,
+    SourceError,
+    StaleTextError,
+    UsageError,
+    WriteError,
+    error_of_json,
+)
 from lsp_server import running
 from tests.command_line import Said
 from tests.integration.test_http_beside import call, url_of
@@ -288,3 +298,66 @@ def test_a_port_that_another_program_has_is_no_editor(answer: bytes) -> None:
         with pytest.raises(running.EditorUnreachableError):
             server.edit("rollback", "p_1")
         thread.join()
+
+
+@pytest.mark.parametrize("kind", [StaleTextError, UsageError, EditorError, WriteError, LedgerError, SourceError])
+def test_an_error_of_a_server_becomes_the_command_s_own(kind: type[PlanPatchError]) -> None:
+    error = kind("It is so", hint="Do this.", hunks=[{"view": "<<<"}])
+    again = error_of_json(json.loads(json.dumps(error.to_json())))
+    assert (type(again), again.to_json(), again.exit_code) == (kind, error.to_json(), kind.exit_code)
+
+
+def test_an_error_that_is_no_error_of_ours_is_a_fault_of_the_environment() -> None:
+    again = error_of_json({"code": "error of tomorrow", "message": "It is so", "details": {"hint": 1, "message": 2}})
+    assert (again.exit_code, again.message, again.details) == (3, "It is so", {"hint": 1, "message": 2})
+    assert error_of_json({}).message == "The server failed"
+
+
+# --- without an editor -----------------------------------------------------------------------------------------------
+
+
+def test_serve_alone_applies_rolls_back_and_redoes_on_disk_and_so_does_the_command_line_beside_it(desk: Desk) -> None:
+    command = [sys.executable, "-I", "-X", "utf8", str(SERVER), "serve", "--port", "0", "--root", str(desk.workspace)]
+    environ = {**os.environ, "PLANPATCH_HOME": str(desk.home), "SCRIPT": str(desk.script)}
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, env=environ, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = ""
+            while not lines.rstrip().endswith("}"):
+                lines += (line := server.stdout.readline())
+                assert line
+            url = json.loads(lines)["url"]
+            runtime = json.loads((desk.home / "runtime.json").read_text())
+            assert runtime["has_editor"] is False
+            body = {"intent": "add them", "paths": ["math_box.py"], "function": "add"}
+            plan = call(f"{url}/plan", body)[1]["plan"]
+            patch_id = call(f"{url}/patch_smart", {"plan": plan})[1]["patch_id"]
+            steps = [("apply", "applied", PATCHED), ("rollback", "rolled_back", TEXT), ("redo", "redone", PATCHED)]
+            for operation, state, text in steps:
+                only = {"patch_id": patch_id, "only_in_editor": True}
+                status, refused = call(f"{url}/{operation}", only, runtime["token"])
+                assert (status, refused["error"]["code"]) == (404, "not_open")
+                status, done = call(f"{url}/{operation}", {"patch_id": patch_id[:-1]}, runtime["token"])
+                assert (status, done["patch_id"], done["state"], done["via"]) == (200, patch_id, state, "disk")
+                assert desk.on_disk() == text
+            status, refused = call(f"{url}/redo", {"patch_id": patch_id}, runtime["token"])
+            assert (status, refused["error"]["code"]) == (400, "usage")
+            said = desk.ledger("rollback", patch_id, "--json")
+            assert (said.code, said.json["via"], desk.on_disk()) == (0, "disk", TEXT)
+
+            client = desk.editor(port=runtime["port"])  # its port is taken, and still it is asked
+            uri = opened(client, desk.workspace)
+            url_of(client)
+            status, done = call(f"{url}/redo", {"patch_id": patch_id}, runtime["token"])
+            assert (status, done["via"], client.text(uri), desk.on_disk()) == (200, "editor", PATCHED, TEXT)
+            client.answers["workspace/applyEdit"] = lambda params: {"applied": False}
+            status, refused = call(f"{url}/rollback", {"patch_id": patch_id}, runtime["token"])
+            assert (status, refused["error"]["code"]) == (409, "editor")
+            client.process.kill()
+            client.process.wait()
+            desk.file.write_bytes(PATCHED.encode())
+            status, done = call(f"{url}/rollback", {"patch_id": patch_id}, runtime["token"])
+            assert (status, done["via"], desk.on_disk()) == (200, "disk", TEXT)
+        finally:
+            server.terminate()
+            server.wait(30)
