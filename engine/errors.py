@@ -12,12 +12,14 @@
     │   ├── StaleTextError         the text is not the text that the plan or patch was made for
     │   ├── BudgetError            tokens or time ran out first
     │   ├── ContextLengthError     function and expected output do not fit the model
+    │   ├── EditorError            the editor did not make an edit that it was sent
     │   └── CancelledError         the user cancelled
     └── EnvironmentFault           this machine cannot do it now
         ├── ModelError             model missing, damaged, of the wrong digest, too large for memory or disk
         ├── AdapterError           adapter missing, damaged, or made for another base
         ├── LedgerError            the ledger cannot be read or written
         ├── WriteError             a file or folder cannot be written: full disk, read-only, locked
+        ├── EditorUnreachableError an editor may have the file open, and its server cannot be asked
         └── EngineError            the engine is closed, its queue is full, or the device failed
 
 A message says what was wrong and where it came from; `hint` says what to do. `exit_code` is what the command line
@@ -26,6 +28,7 @@ returns: 1 refused, 2 usage, 3 environment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -125,6 +128,12 @@ class ContextLengthError(RefusedError):
     code = "context_length"
 
 
+class EditorError(RefusedError):
+    """The editor did not make an edit that it was sent."""
+
+    code = "editor"
+
+
 class CancelledError(RefusedError):
     """The user cancelled."""
 
@@ -161,7 +170,35 @@ class WriteError(EnvironmentFault):
     code = "write"
 
 
+class EditorUnreachableError(EnvironmentFault):
+    """An editor may have the file open, and its server cannot be asked."""
+
+    code = "editor_unreachable"
+
+
 class EngineError(EnvironmentFault):
     """The engine is closed, its queue is full, or the device failed."""
 
     code = "engine"
+
+
+def error_of_json(error: Mapping[str, Any]) -> PlanPatchError:
+    """The error that another process of ours told of.
+
+    Args:
+        error: As `PlanPatchError.to_json` writes it.
+
+    Returns:
+        An error of the same class; an `EnvironmentFault` where its code is no class's.
+    """
+    kind = next((kind for kind in _kinds(PlanPatchError) if kind.code == error.get("code")), EnvironmentFault)
+    made = kind(str(error.get("message") or "The server failed"), hint=str(error.get("hint") or ""))
+    details = error.get("details")
+    made.details = {**details} if isinstance(details, Mapping) else {}
+    return made
+
+
+def _kinds(kind: type[PlanPatchError]) -> Iterator[type[PlanPatchError]]:
+    yield kind
+    for more in kind.__subclasses__():
+        yield from _kinds(more)

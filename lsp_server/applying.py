@@ -4,7 +4,8 @@ No edit is sent unless the document is, at that moment, the very text that the p
 believed that it applied one: the text is waited for and compared, and what cannot be found in it is `diverged`.
 Where no document is open the file on disk is written, by the ledger.
 
-Not covered: a file that is open in an editor which another server serves.
+Not covered here: a file that is open in an editor which another server serves; HTTP and the command line ask those
+(`running.py`), a command of this editor does not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal, cast
 from engine.errors import GateError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Entry, State, source_of
+from engine.patching.ledger_records import Entry, Operation, State, source_of
 from engine.patching.proof import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -81,6 +82,34 @@ class Applier:
         self._spawn = spawn
         self._read = read
         self._check_s = check_s
+
+    # --- for others -------------------------------------------------------------------------------------------------
+
+    async def edit_if_open(self, operation: Operation, patch_id: str) -> dict[str, Any] | None:
+        """Apply a patch, roll it back or redo it, if the client has its file open.
+
+        Args:
+            operation: What to do.
+            patch_id: The proposal.
+
+        Returns:
+            `{ok, patchId, patchState, hunks, …}`, None if the file is not open.
+
+        Raises:
+            UsageError: No such proposal, or its state does not allow it.
+            StaleTextError: The document is not the text that is needed.
+        """
+        entry = await self._records.get(patch_id)
+        file = self._files.of_path(entry.proposal.path)
+        if file is None:
+            return None
+        if operation == "apply":
+            done = await self.apply(entry.id)
+        else:
+            done = {"hunks": list(entry.standing.hunks), **await self.turn(operation, entry.id, None)}
+        if done["ok"]:
+            done["sha256"] = file.source().sha256
+        return done
 
     # --- apply ------------------------------------------------------------------------------------------------------
 
@@ -157,9 +186,10 @@ class Applier:
         file.late[entry.id] = (normalised(entry.applied_text(hunks).text), hunks)  # it may still come
         if outcome == "not applied":
             await self._records.do(lambda ledger: ledger.record(entry.id, "apply_failed", hunks=hunks, by="the editor"))
+            reason = "the editor did not apply the patch"
             if not confirm:
-                self._editor.show_message("PlanPatch: the editor did not apply the patch", Severity.WARNING)
-            return {"ok": False, **said, "patchState": "proposed"}
+                self._editor.show_message(f"PlanPatch: {reason}", Severity.WARNING)
+            return {"ok": False, **said, "patchState": "proposed", "reason": reason}
         is_in = await self._holds(file, entry, hunks)
         await self._records.do(lambda ledger: ledger.record(entry.id, "diverged", hunks=hunks, is_in=is_in))
         file.pending.pop(entry.id, None)
@@ -168,7 +198,8 @@ class Applier:
             self._labels.did_change(file)
         self._on_change(file)
         self._spawn(self._offer_inverse(file, entry, is_in=is_in))
-        return {"ok": False, **said, "patchState": "diverged"}
+        reason = "after applying, the editor's text is not what the patch makes of it"
+        return {"ok": False, **said, "patchState": "diverged", "reason": reason}
 
     async def _holds(self, file: OpenFile, entry: Entry, hunks: tuple[int, ...]) -> bool:
         """Whether a document has the hunks in it, among whatever else became of it."""
@@ -283,7 +314,7 @@ class Applier:
             file.late.pop(entry.id, None)
             await self._records.do(lambda ledger: ledger.record(entry.id, kind, reason="the text was so already"))
             await self._after_turn(turn, file, entry.id)
-            return done
+            return {**done, "wasSoAlready": True}
         source = file.source()
         find = Ledger.plan_rollback if turn == "rollback" else Ledger.plan_redo
         edits = await self._records.do(lambda ledger: find(ledger, entry.id, source))
@@ -295,9 +326,14 @@ class Applier:
         edit = _buffer_edit(file, source, edits, label, confirm=False)
         outcome, _ = await self._edit(file, edit, {normalised(target): ()})
         if outcome != "applied":
-            what = f"did not {turn} the patch" if outcome == "not applied" else f"has another text after the {turn}"
+            what = f"did not {turned} the patch" if outcome == "not applied" else f"has another text after the {turned}"
             self._editor.show_message(f"PlanPatch: the editor {what}; look at the file", Severity.WARNING)
-            return {"ok": False, "patchId": entry.id, "patchState": entry.state.value}
+            return {
+                "ok": False,
+                "patchId": entry.id,
+                "patchState": entry.state.value,
+                "reason": f"the editor {what}",
+            }
         file.watches.pop(entry.id, None)  # before anything is awaited: this is no turn by the user
         file.late.pop(entry.id, None)
         await self._records.do(lambda ledger: ledger.record(entry.id, kind))

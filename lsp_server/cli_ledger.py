@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Applied, Label, State, Summary
+from engine.patching.ledger_records import Applied, Label, Operation, State, Summary
 from lsp_server import console
 from lsp_server.cli_options import JsonOption, open_session
+from lsp_server.running import edit_in_editor
 from lsp_server.session import prune_ledger
 
 ledger_app = typer.Typer(help="Proposed patches and what became of them.", no_args_is_help=True, rich_markup_mode=None)
 
 IdArgument = Annotated[str, typer.Argument(help="Patch id or its beginning.", show_default=False)]
 ReasonOption = Annotated[str, typer.Option(help="Why, for the record.", show_default=False)]
+DiskOption = Annotated[bool, typer.Option("--disk", help="Write the file without asking the editors that run.")]
+
+_OPERATIONS: Mapping[Operation, tuple[Callable[[Ledger, str], Applied], str]] = {
+    "apply": (Ledger.apply, "written to"),
+    "rollback": (Ledger.rollback, "taken back in"),
+    "redo": (Ledger.redo, "put again into"),
+}
 
 
 @ledger_app.command("list")
@@ -92,21 +100,21 @@ def show(patch_id: IdArgument, as_json: JsonOption = False) -> None:
 
 
 @ledger_app.command()
-def apply(patch_id: IdArgument, as_json: JsonOption = False) -> None:
-    """Write a proposed patch to its file."""
-    _write(patch_id, Ledger.apply, "written to", as_json)
+def apply(patch_id: IdArgument, disk: DiskOption = False, as_json: JsonOption = False) -> None:
+    """Write a proposed patch to its file. An editor that has it open does it; save there."""
+    _write(patch_id, "apply", disk, as_json)
 
 
 @ledger_app.command()
-def rollback(patch_id: IdArgument, as_json: JsonOption = False) -> None:
-    """Take an applied patch out of its file; edits elsewhere stay."""
-    _write(patch_id, Ledger.rollback, "taken back in", as_json)
+def rollback(patch_id: IdArgument, disk: DiskOption = False, as_json: JsonOption = False) -> None:
+    """Take an applied patch out of its file; edits elsewhere stay. An editor that has it open does it; save there."""
+    _write(patch_id, "rollback", disk, as_json)
 
 
 @ledger_app.command()
-def redo(patch_id: IdArgument, as_json: JsonOption = False) -> None:
-    """Put a rolled back patch into its file again."""
-    _write(patch_id, Ledger.redo, "put again into", as_json)
+def redo(patch_id: IdArgument, disk: DiskOption = False, as_json: JsonOption = False) -> None:
+    """Put a rolled back patch into its file again. An editor that has it open does it; save there."""
+    _write(patch_id, "redo", disk, as_json)
 
 
 @ledger_app.command()
@@ -169,31 +177,33 @@ def prune(
     console.say(f"{pruned.num_proposals} proposals dropped")
 
 
-def _write(patch_id: str, operation: Callable[[Ledger, str], Applied], done: str, as_json: bool) -> None:
-    with open_session({}, None, as_json).ledger() as ledger:
+def _write(patch_id: str, operation: Operation, disk: bool, as_json: bool) -> None:
+    """Have the editor do it that has the file open; else write the file."""
+    session = open_session({}, None, as_json)
+    on_disk, done = _OPERATIONS[operation]
+    with session.ledger() as ledger:
         try:
-            applied = operation(ledger, ledger.get(patch_id).id)
+            entry_id = ledger.get(patch_id).id
+            answer = None if disk else edit_in_editor(session.paths, operation, entry_id)
+            applied = on_disk(ledger, entry_id) if answer is None else _applied_in_editor(operation, answer)
         except StaleTextError as error:
             if not as_json:
                 _show_hunks(error)
             raise
     if as_json:
-        console.print_json(
-            {
-                "ok": True,
-                "patch_id": applied.patch_id,
-                "operation": applied.operation,
-                "path": str(applied.path),
-                "hunks": list(applied.hunks),
-                "sha256": applied.sha256,
-                "warnings": applied.warnings,
-            }
-        )
+        console.print_json({**applied.to_json(), "via": "disk" if answer is None else "editor"})
         return
     for warning in applied.warnings:
         console.warn(warning)
     if not applied.was_so_already:
-        console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}")
+        where = "" if answer is None else ", in the editor that has it open; save it there"
+        console.say(f"{applied.patch_id} {done} {escape(str(applied.path))}{where}")
+
+
+def _applied_in_editor(operation: Operation, answer: Mapping[str, Any]) -> Applied:
+    hunks, was_so_already = tuple(answer["hunks"]), bool(answer.get("wasSoAlready"))
+    path = Path(answer["path"])
+    return Applied(answer["patch_id"], path, operation, hunks, answer["sha256"], was_so_already=was_so_already)
 
 
 def _show_hunks(error: StaleTextError) -> None:

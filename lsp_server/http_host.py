@@ -16,7 +16,7 @@ from lsp_server.session import Session
 
 if TYPE_CHECKING:
     from lsp_server.http.listener import Listener
-    from lsp_server.http.service import Turner
+    from lsp_server.http.service import InEditor
 
 log = logging.getLogger("planpatch.http")
 
@@ -27,7 +27,7 @@ class HttpHost:
     Args:
         model: The model's host.
         session_of: The session as the settings are now.
-        turn: Rolls a patch back or redoes it, through the editor where it has the file open.
+        in_editor: Applies a patch, rolls it back or redoes it in the editor, if that has the file open.
         tell: Called, on whatever thread, with what the user should know.
     """
 
@@ -35,13 +35,13 @@ class HttpHost:
         self,
         model: ModelHost,
         session_of: Callable[[], Session],
-        turn: Turner,
+        in_editor: InEditor,
         tell: Callable[[str, Severity], None],
     ) -> None:
         self._model = model
         self._session_of = session_of
         self._parsers = ParserProcess()
-        self._turn = turn
+        self._in_editor = in_editor
         self._tell = tell
         self._records = Records(lambda: session_of().ledger())
         self._listener: Listener | None = None
@@ -72,14 +72,13 @@ class HttpHost:
         try:
             self._listen()
         except PlanPatchError as error:
-            is_ours = bool(error.details.get("holder_is_planpatch"))
-            self._tell(f"{error.message}. {error.hint}", Severity.LOG if is_ours else Severity.INFO)
+            self._tell(f"{error.message}. {error.hint}", Severity.INFO)
         except Exception as fault:  # the editor goes on without it
             log.exception("HTTP cannot start")
             self._tell(f"HTTP cannot start: {type(fault).__name__}: {fault}", Severity.WARNING)
 
     def _listen(self) -> None:
-        from lsp_server.http.listener import Listener, bind, new_token
+        from lsp_server.http.listener import Listener, TakenError, bind, new_token
         from lsp_server.http.service import Service
 
         session = self._session_of()
@@ -87,9 +86,20 @@ class HttpHost:
         root = session.paths.resolve(settings.root).resolve() if settings.root else None
         if root is not None and not root.is_dir():
             raise PathError(f"The root {root} is no folder ({settings.source_of('root')})", hint="Correct it.")
-        bound = bind(settings.host, settings.port, has_token=bool(settings.token), runtime_file=runtime_file)
+        told: tuple[str, Severity] | None = None
+        try:
+            bound = bind(settings.host, settings.port, has_token=bool(settings.token), runtime_file=runtime_file)
+        except TakenError as error:  # the command line still has to reach this editor
+            bound = bind("127.0.0.1", 0, has_token=False, runtime_file=runtime_file)
+            told = error.message, Severity.LOG if error.details["holder_is_planpatch"] else Severity.INFO
         service = Service(
-            self._model, self._session_of, self._records, new_token(), parsers=self._parsers, turn=self._turn, root=root
+            self._model,
+            self._session_of,
+            self._records,
+            new_token(),
+            parsers=self._parsers,
+            in_editor=self._in_editor,
+            root=root,
         )
         listener = Listener(service, bound, runtime_file)
         if self._is_closed:
@@ -98,3 +108,6 @@ class HttpHost:
         listener.start()
         self._listener = listener
         log.info("HTTP listens on %s", listener.address.url)
+        if told is not None:
+            hint = "Another port is the setting port." if told[1] is Severity.INFO else ""
+            self._tell(f"{told[0]}. This server listens on {listener.address.url}. {hint}".rstrip(), told[1])

@@ -29,6 +29,7 @@ from pygls.protocol import default_converter
 
 from engine.errors import PlanPatchError, UsageError
 from engine.inference.catalogue import resolve
+from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
 from lsp_server.applying import Turn
@@ -82,7 +83,7 @@ class PlanPatchServer(LanguageServer):
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
-        self._http = HttpHost(self._host, lambda: self._session, self._turn_for_http, self._tell_from_thread)
+        self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_from_thread)
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -228,6 +229,7 @@ class PlanPatchServer(LanguageServer):
         self._spawn(self._begin())
 
     async def _begin(self) -> None:
+        await self._leave_mark("")
         dynamic = self.client_capabilities.workspace and self.client_capabilities.workspace.did_change_configuration
         if dynamic and dynamic.dynamic_registration:
             options = types.DidChangeConfigurationRegistrationOptions(section="planpatch")
@@ -241,10 +243,10 @@ class PlanPatchServer(LanguageServer):
         for process in (self._parsers, self._prover):
             await asyncio.to_thread(process.start)
 
-    async def _turn_for_http(self, turn: Turn, patch_id: str) -> dict[str, Any]:
-        """A roll-back that HTTP asks for, on this loop, so that it goes through the editor; called on another loop."""
+    async def _edit_for_http(self, operation: Operation, patch_id: str) -> dict[str, Any] | None:
+        """An edit that HTTP asks for, on this loop, if the editor has the file open; called on another loop."""
         assert self._loop is not None
-        work = self.bench.applier.turn(turn, patch_id, None)
+        work = self.bench.applier.edit_if_open(operation, patch_id)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     def _tell_from_thread(self, message: str, severity: Severity) -> None:
@@ -351,8 +353,7 @@ class PlanPatchServer(LanguageServer):
         async with self._showing_model:  # a client takes its time to create progress
             await self._show_progress(status)
         if status.state == "ready":
-            workspace = str(self._folders[0]) if self._folders else ""
-            await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, status.model)
+            await self._leave_mark(status.model)
         elif status.state == "absent":
             pull = "Pull it"
             question = f"PlanPatch: {status.message}. Pull it now? It stays on this machine."
@@ -360,6 +361,11 @@ class PlanPatchServer(LanguageServer):
                 self._host.start(self._session, pull=True)
         elif status.state == "failed" and self._host.status is status:
             self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}".strip(), Severity.ERROR)
+
+    async def _leave_mark(self, model: str) -> None:
+        """Tell others of this server, and of the model that it holds."""
+        workspace = str(self._folders[0]) if self._folders else ""
+        await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, model)
 
     async def _show_progress(self, status: HostStatus) -> None:
         message = f"{status.model}: {status.message}" if status.model else status.message

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.markup import escape
 
@@ -20,6 +19,7 @@ from lsp_server.http.listener import Listener, TakenError, bind, new_token
 from lsp_server.http.service import Service
 from lsp_server.model_host import HostStatus, ModelHost
 from lsp_server.records import Records
+from lsp_server.running import listeners
 from lsp_server.session import Session
 
 # They run no script, and take the terminal over.
@@ -46,9 +46,11 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
     except TakenError as error:
         if not (open_page and error.details.get("holder_is_planpatch")):
             raise
-        url, token = _running(paths.runtime_file)
-        console.say(f"a PlanPatch server already listens on {escape(url)} (process {error.details['holder']})")
-        _open_page(url, token, paths.runtime_file)
+        other = next((one for one in listeners(paths.runtime_file) if one.port == settings.port), None)
+        if other is None:  # it ended just now
+            raise
+        console.say(f"a PlanPatch server already listens on {escape(other.url)} (process {other.pid})")
+        _open_page(other.url, other.token, paths.runtime_file)
         return
     host = ModelHost(_told())
     parsers = ParserProcess()
@@ -79,12 +81,6 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         listener.close()
         parsers.close()
         records.close()
-
-
-def _running(runtime_file: Path) -> tuple[str, str]:
-    """URL and token of the server that runs."""
-    facts = cast("dict[str, object]", json.loads(runtime_file.read_text(encoding="utf-8")))
-    return str(facts["url"]), str(facts["token"])
 
 
 def _open_page(url: str, token: str, runtime_file: Path) -> None:

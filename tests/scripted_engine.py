@@ -152,7 +152,12 @@ class ScriptedEngine:
     def status(self) -> EngineStatus:
         state = "failed" if self._failure else "closed" if self._is_closed else "ready"
         return EngineStatus(
-            state, "scripted", model_digest="0" * 64, quantization="fp32", context_length=self._context_length
+            state,
+            "scripted",
+            model_digest="0" * 64,
+            quantization="fp32",
+            context_length=self._context_length,
+            message=self._failure.message if self._failure else "",
         )
 
     def use_adapter(self, path: str | None) -> None:

@@ -1,8 +1,9 @@
-"""`planpatch lsp` with a scripted model in place of the real one, for tests of the process.
+"""`planpatch lsp` or `serve` with a scripted model in place of the real one, for tests of the process.
 
     python -I -X utf8 tests/scripted_server.py lsp [OPTIONS]
 
-The file that SCRIPT names holds the model's next answer; `NOISE=1` has libraries write to stdout in every way there is.
+The file that SCRIPT names holds the model's next answer, or `FAIL`: then the device fails. `NOISE=1` has libraries
+write to stdout in every way there is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lsp_server import language_server, model_host
+from engine.errors import EngineError
+from lsp_server import language_server, model_host, serve_command
 from lsp_server.model_host import HostStatus
 from tests.scripted_engine import ScriptedEngine
 
@@ -34,11 +36,18 @@ class ScriptedHost:
         self.local_or_none: Any = None
 
     def start(self, session: Any, *, pull: bool = False) -> None:
-        self.engine_or_none = ScriptedEngine(lambda prompt: Path(os.environ["SCRIPT"]).read_text(encoding="utf-8"))
+        self.engine_or_none = ScriptedEngine(self._answer)
         self.status = HostStatus("ready", "scripted")
         threading.Thread(target=self._on_change, args=(self.status,), daemon=True).start()
         if os.environ.get("NOISE"):
             threading.Thread(target=make_noise, daemon=True).start()
+
+    def _answer(self, prompt: str) -> str:
+        text = Path(os.environ["SCRIPT"]).read_text(encoding="utf-8")
+        if text == "FAIL":
+            self.engine_or_none.fail("The device failed: CUDA error: an illegal memory access was encountered")
+            raise EngineError("The device failed")
+        return text
 
     def wait(self, is_cancelled: Any) -> Any:
         while self.engine_or_none is None:
@@ -66,6 +75,7 @@ def make_noise() -> None:
 if __name__ == "__main__":
     model_host.ModelHost = ScriptedHost  # type: ignore[misc,assignment]
     language_server.ModelHost = ScriptedHost  # type: ignore[misc,assignment]
+    serve_command.ModelHost = ScriptedHost  # type: ignore[misc,assignment]
     from lsp_server.cli import main
 
     sys.exit(main())

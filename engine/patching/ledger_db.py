@@ -9,6 +9,7 @@ needs shared memory; such a folder is refused where SQLite notices); a connectio
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import sys
@@ -473,7 +474,7 @@ def _make_private(path: Path) -> None:
     try:
         for folder in reversed([folder for folder in path.parents if not folder.exists()]):
             folder.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        _create(path)
         if sys.platform != "win32":
             for file in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
                 if file.exists() and file.stat().st_mode & 0o077:
@@ -486,6 +487,22 @@ def _make_private(path: Path) -> None:
             hint="Make the file and its folder writable for you, or set PLANPATCH_HOME to another folder.",
             path=str(path),
         ) from error
+
+
+def _create(path: Path) -> None:
+    """Make an empty file, if there is none.
+
+    One that exists is not opened: to close it would end the locks that this process's other connection holds on it
+    (POSIX ties them to process and file). Another process would then take itself for the last user of the write-ahead
+    log, and delete it with what is written into it from then on.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def _append_only_triggers() -> list[str]:

@@ -339,6 +339,18 @@ class Applied:
         names = f"{self.num_other_names} other names (hard links)" if several else "another name (a hard link)"
         return [f"{self.path} had {names}, where the old text stays"]
 
+    def to_json(self) -> dict[str, Any]:
+        """What was done, for programs."""
+        return {
+            "ok": True,
+            "patch_id": self.patch_id,
+            "operation": self.operation,
+            "path": str(self.path),
+            "hunks": list(self.hunks),
+            "sha256": self.sha256,
+            "warnings": self.warnings,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Pruned:

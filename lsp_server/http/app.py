@@ -9,6 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import PlanPatchError
 from lsp_server.http import edits, ollama, ollama_store, openai_api, status_page
@@ -20,6 +22,27 @@ from lsp_server.http.service import Service
 from lsp_server.http.shapes import shape_of
 
 log = logging.getLogger("planpatch.http")
+
+
+class HeadAsGet:
+    """ASGI middleware: a HEAD for which there is no route is answered as the GET; uvicorn leaves the body out.
+
+    Args:
+        app: What it stands before.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] == "http" and scope["method"] == "HEAD" and not _has_route(scope):
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
+def _has_route(scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].router.routes)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -46,6 +69,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(openai_api.router, tags=["openai"])
     app.include_router(status_page.router, tags=["planpatch"])
     settings = service.settings
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, token=settings.token, runtime_token=service.token, origins=settings.origins)
     app.add_exception_handler(HttpError, _http_error)
     app.add_exception_handler(PlanPatchError, _our_error)

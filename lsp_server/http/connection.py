@@ -38,6 +38,9 @@ class TimedProtocol(H11Protocol):
         elif not waits_for_head:
             self._head_timer = _cancelled(self._head_timer)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A request to upgrade is served as if it did not ask for that; uvicorn would tell the log of it."""
+
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is refused as everything else is, in JSON."""
         body = json.dumps({"error": msg}).encode("ascii")

@@ -1,6 +1,7 @@
-"""PLAN and PATCH over HTTP, and what belongs to them: health, roll back, feedback, the ledger.
+"""PLAN and PATCH over HTTP, and what belongs to them: health, apply, roll back, redo, feedback, the ledger.
 
-Not covered: applying a patch. A client writes `patched` where it wants it, or applies it with the ledger.
+PLAN and PATCH write nothing. What changes a file goes through the editor that has it open, whichever server of this
+home that has; the disk is written where none does.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import PathError, SourceError, StaleTextError, UnknownScopeError, UsageError
+from engine.errors import EditorError, PathError, SourceError, StaleTextError, UnknownScopeError, UsageError
 from engine.inference.cancellable import CancellableEngine
 from engine.inference.protocol import Engine
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import PlanRecord
+from engine.patching.ledger_records import Applied, Entry, Operation, PlanRecord
 from engine.patching.parser_process import ParserProcess
 from engine.patching.patcher import Patch, Patcher, Plan, check_intent
 from engine.patching.prompts import Feedback
@@ -34,6 +35,7 @@ from lsp_server.http.generation import Call, unless_gone
 from lsp_server.http.models import service_of
 from lsp_server.http.responses import Json
 from lsp_server.http.service import Service
+from lsp_server.running import edit_in_editor
 from lsp_server.session import patcher_options
 
 T = TypeVar("T")
@@ -44,6 +46,12 @@ _CALLED = re.compile(r"`?([A-Za-z_][\w.]*)`?\s*\(")
 _WORD = re.compile(r"[A-Za-z_][\w.]*")
 _MOST_FILES = 2000
 _MOST_NAMED = 10
+_ON_DISK: Mapping[Operation, Callable[[Ledger, str], Applied]] = {
+    "apply": Ledger.apply,
+    "rollback": Ledger.rollback,
+    "redo": Ledger.redo,
+}
+_AFTER: Mapping[Operation, str] = {"apply": "applied", "rollback": "rolled_back", "redo": "redone"}
 
 
 class PlanBody(Body):
@@ -79,9 +87,10 @@ class PatchBody(Body):
 
 
 class PatchIdBody(Body):
-    """Of `/rollback`."""
+    """Of `/apply`, `/rollback` and `/redo`. `only_in_editor`: 404 unless this server's editor has the file open."""
 
     patch_id: str
+    only_in_editor: bool = False
 
 
 class VerdictBody(Body):
@@ -354,15 +363,47 @@ def _read_file(file: Path) -> Source:
 @router.post("/rollback", **takes(PatchIdBody))
 async def rollback(request: Request) -> Response:
     """Take an applied patch back: through the editor where it has the file open, else on disk."""
+    return await _edit(request, "rollback")
+
+
+@router.post("/redo", **takes(PatchIdBody))
+async def redo(request: Request) -> Response:
+    """Put a rolled back patch in again: through the editor where it has the file open, else on disk."""
+    return await _edit(request, "redo")
+
+
+@router.post("/apply", **takes(PatchIdBody))
+async def apply(request: Request) -> Response:
+    """Put a proposed patch into its file: through the editor where it has the file open, else on disk."""
+    return await _edit(request, "apply")
+
+
+async def _edit(request: Request, operation: Operation) -> Response:
     service = service_of(request)
     service.check_token(request)
     body = await read(request, PatchIdBody)
-    await _entry(service, body.patch_id)
-    if service.turn is not None:
-        done = await service.turn("rollback", body.patch_id)
-        return Json({**done, "patch_id": body.patch_id}, 200 if done.get("ok") else 409)
-    await service.records.do(lambda ledger: Ledger.rollback(ledger, body.patch_id))
-    return Json({"ok": True, "patch_id": body.patch_id, "state": "rolled_back"})
+    entry = await _entry(service, body.patch_id)
+    done = None if service.in_editor is None else await service.in_editor(operation, entry.id)
+    if done is not None:
+        return _edited(entry, operation, done)
+    if body.only_in_editor:
+        raise HttpError(404, f"the file of {entry.id} is open in no editor here", code="not_open", patch_id=entry.id)
+    elsewhere = await asyncio.to_thread(edit_in_editor, service.session_of().paths, operation, entry.id)
+    if elsewhere is not None:
+        return Json(elsewhere)
+    applied = await service.records.do(lambda ledger: _ON_DISK[operation](ledger, entry.id))
+    return Json({**applied.to_json(), "state": _AFTER[operation], "via": "disk"})
+
+
+def _edited(entry: Entry, operation: Operation, done: dict[str, Any]) -> Response:
+    """What an editor did, or did not."""
+    state = done["patchState"]
+    if not done["ok"]:
+        error = EditorError(done["reason"], hint="Look at the file in the editor.", patch_id=entry.id)
+        return Json({**done, "patch_id": entry.id, "state": state, "error": error.to_json()}, 409)
+    path, was_so_already = Path(entry.proposal.path or ""), done.get("wasSoAlready", False)
+    applied = Applied(entry.id, path, operation, done["hunks"], done["sha256"], was_so_already=was_so_already)
+    return Json({**done, **applied.to_json(), "state": state, "via": "editor"})
 
 
 @router.post("/feedback", **takes(VerdictBody))
@@ -390,8 +431,8 @@ async def ledger(request: Request) -> Response:
     return Json({"proposals": [one.to_json() for one in found]})
 
 
-async def _entry(service: Service, patch_id: str) -> None:
+async def _entry(service: Service, patch_id: str) -> Entry:
     try:
-        await service.records.get(patch_id)
+        return await service.records.get(patch_id)
     except UsageError as error:
         raise HttpError(404, error.message, code="unknown_patch", patch_id=patch_id) from None

@@ -11,6 +11,8 @@ from engine.errors import (
     BudgetError,
     CancelledError,
     ContextLengthError,
+    EditorError,
+    EditorUnreachableError,
     EngineError,
     GateError,
     LedgerError,
@@ -29,6 +31,7 @@ RETRY_AFTER_S = 2
 _STATUS: tuple[tuple[type[PlanPatchError], int], ...] = (
     (GateError, 422),
     (StaleTextError, 409),
+    (EditorError, 409),
     (BudgetError, 504),
     (ContextLengthError, 413),
     (CancelledError, 499),
@@ -39,6 +42,7 @@ _STATUS: tuple[tuple[type[PlanPatchError], int], ...] = (
     (WriteError, 500),
     (ModelError, 503),
     (EngineError, 503),
+    (EditorUnreachableError, 503),
 )
 
 
@@ -79,7 +83,9 @@ class HttpError(Exception):
     def of(cls, error: PlanPatchError) -> HttpError:
         """One of our errors as HTTP says it."""
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 400)
-        return cls(status, error.message, code=error.code, hint=error.hint, **error.details)
+        is_lasting = isinstance(error, EngineError) and not error.details.get("queue_full")
+        retry = 0 if is_lasting else None
+        return cls(status, error.message, code=error.code, hint=error.hint, retry_after_s=retry, **error.details)
 
     def headers(self) -> dict[str, str]:
         """Headers of the response."""

@@ -58,7 +58,7 @@ class Guard:
             return await _refuse(error, scope, send, "")
         if scope["method"] == "OPTIONS" and origin and "access-control-request-method" in headers:
             return await _answer_preflight(headers, origin, send)
-        is_open = not self._token or (scope["path"] == _STATUS_PAGE and scope["method"] == "GET")
+        is_open = not self._token or (scope["path"] == _STATUS_PAGE and scope["method"] in ("GET", "HEAD"))
         if not is_open and not has_token(headers, self._token, self._runtime_token):
             error = HttpError(401, "this listener asks for a token", hint="Send Authorization: Bearer TOKEN.")
             return await _refuse(error, scope, send, origin)

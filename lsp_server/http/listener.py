@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.errors import EnvironmentFault, PlanPatchError, UsageError
 from engine.patching.disk import write_atomically
 from lsp_server.http.service import Service
+from lsp_server.running import listeners
 
 if TYPE_CHECKING:
     import uvicorn
@@ -122,10 +123,9 @@ def _holder(port: int, runtime_file: Path) -> tuple[int | None, str]:
     """Who holds a port: process id, and words; empty where that cannot be found."""
     import psutil
 
-    with suppress(OSError, ValueError, TypeError):
-        facts = cast("Mapping[str, Any]", json.loads(runtime_file.read_text(encoding="utf-8")))
-        if facts.get("port") == port and psutil.pid_exists(int(facts["pid"])):
-            return int(facts["pid"]), f"the PlanPatch server of process {facts['pid']}"
+    for server in listeners(runtime_file):
+        if server.port == port:
+            return server.pid, f"the PlanPatch server of process {server.pid}"
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             is_it = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
@@ -212,6 +212,7 @@ class Listener:
             "host": self.address.host,
             "port": self.address.port,
             "token": self._service.token,
+            "has_editor": self._service.in_editor is not None,
             "url": self.address.url,
         }
         try:

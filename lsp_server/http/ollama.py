@@ -55,21 +55,18 @@ _FOREVER = "2318-01-01T00:00:00Z"
 # --- discovery -------------------------------------------------------------------------------------------------------
 
 
-@router.head("/", include_in_schema=False)
 @router.get("/", response_class=PlainTextResponse)
 async def root() -> Response:
     """Say that somebody is there, in the words that clients look for."""
     return PlainTextResponse("Ollama is running")
 
 
-@router.head("/api/version", include_in_schema=False)
 @router.get("/api/version")
 async def version() -> Response:
     """The version of Ollama's API that this follows."""
     return Json({"version": OLLAMA_VERSION})
 
 
-@router.head("/api/tags", include_in_schema=False)
 @router.get("/api/tags")
 async def tags(request: Request) -> Response:
     """The models of this machine, the one in memory first."""

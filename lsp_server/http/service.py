@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import Request
 
 from engine.errors import CancelledError, PlanPatchError
 from engine.inference.protocol import Engine
 from engine.inference.tokenizer import HFChatTokenizer
+from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import Call as Parsers
 from engine.patching.parser_process import in_this_process
 from lsp_server.http.errors import HttpError
@@ -25,8 +26,7 @@ from lsp_server.records import Records
 from lsp_server.session import Session
 from lsp_server.settings import Settings
 
-Turn = Literal["rollback", "redo"]
-Turner = Callable[[Turn, str], Awaitable[dict[str, Any]]]
+InEditor = Callable[[Operation, str], Awaitable[dict[str, Any] | None]]
 
 # Ollama's clients ask for at least 0.6.4; the suffix says who answers.
 OLLAMA_VERSION = "0.12.6"
@@ -42,7 +42,8 @@ class Service:
         records: The ledger.
         token: The runtime token, which whatever changes something needs.
         parsers: Where Python is read and patches are proved.
-        turn: Rolls a patch back or redoes it, through a connected editor where one has the file open.
+        in_editor: Applies a patch, rolls it back or redoes it in the connected editor, if that has the file open, and
+            returns None if not; None: no editor is connected.
         root: Folder that paths must lie in; None: paths are refused.
         runtime_name: The file that has the token.
         generations: What is generated now.
@@ -54,7 +55,7 @@ class Service:
     records: Records
     token: str
     parsers: Parsers = in_this_process
-    turn: Turner | None = None
+    in_editor: InEditor | None = None
     root: Path | None = None
     runtime_name: str = "runtime.json"
     generations: Generations = field(default_factory=Generations)

@@ -22,7 +22,7 @@ from tests.command_line import count_bits, planpatch
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "qwen2.5-coder-0.5b-instruct"
-LEDGER = ("ledger list", "ledger accept", "ledger prune", "ledger export")
+LEDGER = ("ledger list", "ledger rollback", "ledger accept", "ledger prune", "ledger export")
 
 
 def blocks(mark: str) -> list[str]:

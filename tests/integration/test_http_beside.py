@@ -111,6 +111,7 @@ def test_a_taken_port_is_told_and_the_editor_goes_on(start: Callable[..., LspCli
         uri = opened(client, workspace)
         told = client.wait_for(lambda: [one for one in client.messages() if "HTTP cannot listen" in one], 30)
         assert f"127.0.0.1:{port}" in told[0] and "holds it" in told[0]
+        assert f"This server listens on {url_of(client)}. Another port is the setting port." in told[0]
         assert ask_for_patch(client, uri)["state"] == "done"
 
 
@@ -123,3 +124,5 @@ def test_a_second_editor_leaves_the_port_to_the_first(start: Callable[..., LspCl
     logged = second.wait_for(lambda: [one["message"] for one in second.seen("window/logMessage")], 30)
     assert f"the PlanPatch server of process {first.process.pid} holds it" in logged[0]
     assert not any("HTTP" in message for message in second.messages())
+    own = url_of(second)  # the command line has to reach it too
+    assert own != url and own in logged[0] and call(f"{own}/health")[0] == 200

@@ -181,3 +181,44 @@ def test_idle_connections_block_nobody(listener: Listener) -> None:
         assert time.monotonic() - started_at < 5
     for stream in idle:
         stream.close()
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/status", "/api/version", "/api/tags", "/api/ps", "/v1/models", "/openapi.json"]
+)
+def test_head_is_answered_as_get_is_without_the_body(path: str, listener: Listener) -> None:
+    with connected(listener) as stream:
+        stream.sendall(get(path))
+        status, headers, body = response(stream)
+        assert (status, len(body)) == (200, int(headers["content-length"]))
+        for _ in range(2):  # also on the same connection, where a body would be taken for the next answer
+            stream.sendall(get(path).replace(b"GET", b"HEAD", 1))
+            stream.settimeout(10)
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += stream.recv(1)
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert f"content-length: {headers['content-length']}\r\n".encode() in head.lower()
+        stream.sendall(get("/api/version"))
+        assert response(stream)[0] == 200
+
+
+def test_head_of_what_is_missing_refused_or_no_get_is_what_get_is(listener: Listener) -> None:
+    for path, status in (("/none", 404), ("/ledger", 401), ("/plan", 405), ("/v1/models/none", 404)):
+        with connected(listener) as stream:
+            stream.sendall(get(path).replace(b"GET", b"HEAD", 1))
+            assert int(stream.recv(12).split()[1]) == status, path
+
+
+def test_a_request_to_upgrade_is_served_as_http_and_logged_nowhere(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """uvicorn wrote two warnings to stderr, which anyone could fill the editor's log with."""
+    upgrade = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    with connected(listener) as stream:
+        for path, status in (("/api/version", 200), ("/ws", 404)):
+            stream.sendall(get(path).removesuffix(b"\r\n") + upgrade + key)
+            answer = response(stream)
+            assert (answer[0], "upgrade" in answer[1]) == (status, False)
+    assert not caplog.records

@@ -145,6 +145,18 @@ def test_two_processes_write_at_once_and_nothing_is_lost(home: Path) -> None:
         assert ledger.problems() == []
 
 
+def test_what_is_written_after_another_process_came_and_went_is_not_lost(home: Path) -> None:
+    """A second ledger in one process ended the locks of the first: a process that came and went deleted the log that
+    the first one went on writing into. An editor with HTTP lost every event after the first `planpatch ledger list`."""
+    look = f"from pathlib import Path; from engine.patching.ledger import Ledger; Ledger(Path({str(home)!r})).close()"
+    with Ledger(home) as first, Ledger(home):
+        patch_id = first.propose(proposal(home.parent / "unix 🐍.py", "unix 🐍.py"))
+        subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=True)
+        first.record(patch_id, "applied")
+        with Ledger(home) as other:
+            assert [event.kind for event in other.get(patch_id).events] == ["proposed", "applied"]
+
+
 def test_eight_processes_may_make_the_ledger_at_once(home: Path) -> None:
     workers = [start("propose", home, 3) for _ in range(8)]
     for worker in workers:

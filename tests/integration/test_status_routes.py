@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from lsp_server import serve_command
 from lsp_server.http.generation import Call
-from lsp_server.http.listener import Address, Listener, bind, new_token
+from lsp_server.http.listener import Address, Listener, TakenError, bind, new_token
 from lsp_server.http.service import Service
 from lsp_server.model_host import ModelHost
 from lsp_server.records import Records
@@ -134,6 +135,7 @@ def test_a_listener_with_a_token_shows_the_bare_page_and_takes_the_runtime_token
         return guarded.get(path, **facts)[0]
 
     assert code("/status") == 200
+    assert code("/status", method="HEAD") == 200
     assert code("/status", method="POST") == 401
     assert [code(path) for path in ("/health", "/requests", "/ledger", "/status/", "/")] == [401] * 5
     for token in (guarded.service.token, "the-users-own"):
@@ -165,3 +167,18 @@ def test_a_listener_that_is_closed_while_it_starts_ends_at_once(home: Path) -> N
     made.listener.close()
     assert time.monotonic() - started_at < 8
     assert not made.listener._thread.is_alive()
+
+
+@pytest.mark.parametrize("name", ["runtime.json", "runtime-1.json"])
+def test_where_a_server_has_the_port_serve_open_shows_its_page(
+    name: str, served: Served, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that was not the home's first the runtime file was not found: the port was said to be taken."""
+    (home / "runtime.json").rename(home / name)
+    opened: list[tuple[str, str]] = []
+    monkeypatch.setattr(serve_command, "_open_page", lambda url, token, _: opened.append((url, token)))
+    session = Session.open(os.environ, {"port": served.listener.address.port})
+    serve_command.serve(session, open_page=True)
+    assert opened == [(served.listener.address.url, served.service.token)]
+    with pytest.raises(TakenError, match=f"the PlanPatch server of process {os.getpid()} holds it"):
+        serve_command.serve(session)

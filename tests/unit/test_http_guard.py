@@ -143,6 +143,8 @@ def test_a_foreign_origin_is_refused_and_never_granted(origin: str, status: int,
     [
         ("GET", "/ledger", b""),
         ("POST", "/rollback", b'{"patch_id": "p_1"}'),
+        ("POST", "/redo", b'{"patch_id": "p_1"}'),
+        ("POST", "/apply", b'{"patch_id": "p_1"}'),
         ("POST", "/feedback", b'{"patch_id": "p_1", "accepted": true}'),
         ("POST", "/api/pull", b'{"model": "no-such-model"}'),
         ("POST", "/api/create", b'{"model": "a", "from": "b"}'),
