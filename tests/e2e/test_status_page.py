@@ -353,10 +353,10 @@ def test_a_roll_back_that_is_refused_says_why_and_what_to_do(chromium: Chromium,
 
 
 def test_an_editor_that_does_not_make_the_change_is_told(chromium: Chromium, served: Served) -> None:
-    async def turn(turn: str, patch_id: str) -> dict[str, Any]:
-        return {"ok": False, "patchId": patch_id, "patchState": "applied"}
+    async def in_editor(operation: str, patch_id: str) -> dict[str, Any]:
+        return {"ok": False, "patchId": patch_id, "patchState": "applied", "reason": f"no {operation}"}
 
-    served.service.turn = turn
+    served.service.in_editor = in_editor
     _, file = served.apply()
     patched = file.read_bytes()
     page = chromium.open(served.page_with_token)
