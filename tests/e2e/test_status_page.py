@@ -354,7 +354,12 @@ def test_a_roll_back_that_is_refused_says_why_and_what_to_do(chromium: Chromium,
 
 def test_an_editor_that_does_not_make_the_change_is_told(chromium: Chromium, served: Served) -> None:
     async def in_editor(operation: str, patch_id: str) -> dict[str, Any]:
-        return {"ok": False, "patchId": patch_id, "patchState": "applied", "reason": f"no {operation}"}
+        return {
+            "ok": False,
+            "patchId": patch_id,
+            "patchState": "applied",
+            "reason": f"The editor refused the {operation}",
+        }
 
     served.service.in_editor = in_editor
     _, file = served.apply()
@@ -363,7 +368,7 @@ def test_an_editor_that_does_not_make_the_change_is_told(chromium: Chromium, ser
     page.wait_for(is_shown(ROLL_BACK))
     page.click(ROLL_BACK)
     page.click("#ask-yes")
-    page.wait_for(says(ENTRY, "The editor that has the file open did not make the change as asked; look at the file."))
+    page.wait_for(says(ENTRY, "The editor refused the rollback"))
     assert file.read_bytes() == patched
 
 
