@@ -304,3 +304,40 @@ def _report_cases(summary: dict[str, Any], *, as_json: bool) -> None:
             f"this run: {run['cases']} cases in {run['elapsed_s']} s, {run['tokens']} tokens, "
             f"{run['tok_per_s']} tokens/s, {run['json_failures']} JSON failures"
         )
+
+
+@bench_app.command()
+def engine(
+    workload: Annotated[
+        Path | None, typer.Option(help="Recorded edits (.jsonl.gz); without it those that come with PlanPatch.")
+    ] = None,
+    backends: Annotated[
+        str, typer.Option(help="Which of planpatch, generate and generate_lookup, with commas between.")
+    ] = "planpatch,generate,generate_lookup",
+    edits: Annotated[
+        int | None, typer.Option(min=1, help="Edits of each workload; all on a GPU, 6 on CPU.", show_default=False)
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="The llama-bench of llama.cpp, to be run too; needs --gguf.", show_default=False)
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The model's file for it.", show_default=False)] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill, decode at several widths, recorded edits and memory, beside `generate` and llama.cpp.
+
+    The last line on stdout is one JSON object.
+    """
+    from lsp_server.bench_engine import bench_engine
+    from lsp_server.bench_workload import DEFAULT_FILE, read_workload
+
+    if (llama_cpp is None) != (gguf is None):
+        raise UsageError("--llama-cpp and --gguf belong together")
+    wanted = [name.strip() for name in backends.split(",") if name.strip()]
+    if unknown := set(wanted) - {"planpatch", "generate", "generate_lookup"}:
+        raise UsageError(f"There is no backend {min(unknown)!r}", hint="planpatch, generate or generate_lookup.")
+    recorded = read_workload(workload or DEFAULT_FILE)
+    session = open_session({"model": model, "device": device, "quantization": quantization}, None, as_json)
+    bench_engine(session, recorded, wanted, edits, llama_cpp, gguf, as_json=as_json)

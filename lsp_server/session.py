@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,14 @@ from engine.errors import AdapterError
 from engine.inference.adapters import BASE
 from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
 from engine.inference.engine import InProcessEngine
-from engine.inference.loading import Quantization, choose_device, choose_quantization, free_memory_bytes, load_model
+from engine.inference.loading import (
+    LoadedModel,
+    Quantization,
+    choose_device,
+    choose_quantization,
+    free_memory_bytes,
+    load_model,
+)
 from engine.inference.protocol import Engine, Priority
 from engine.inference.store import LocalModel, ModelStore, Progress, ProgressCallback
 from engine.patching.disk import write_atomically
@@ -150,20 +157,32 @@ class Session:
             ModelError: It does not fit into memory, or the device is not there.
             AdapterError: The adapter cannot be read.
         """
-        settings = self.settings
         adapter = self.adapter()
         self.check_memory(ref)
+        return InProcessEngine(local.name, local.folder, self.loading(local), digest=local.digest, adapter=adapter)
+
+    def loading(self, local: LocalModel) -> Callable[[], LoadedModel]:
+        """What reads a model's weights as the settings say.
+
+        Args:
+            local: The model's files.
+
+        Returns:
+            `load_model` with its arguments.
+
+        Raises:
+            ModelError: The device is not there, or cannot hold weights that way.
+        """
         device, quantization = self.placement()
-        load = partial(
+        return partial(
             load_model,
             local.name,
             local.digest,
             local.folder,
             device=device,
             quantization=quantization,
-            dtype=settings.dtype,
+            dtype=self.settings.dtype,
         )
-        return InProcessEngine(local.name, local.folder, load, digest=local.digest, adapter=adapter)
 
     def local_model(self, ref: ModelRef, progress: ProgressCallback | None = None, *, pull: bool = False) -> LocalModel:
         """The model's files.

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from engine.inference.sampling import Choice, Sampler
 
 
+_SLACK_TOKENS = 128  # of a sequence in the KV cache: drafts, and pages that are not full
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of the engine.
@@ -123,6 +126,11 @@ class _Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.num_generated > 0
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether only its last token is not computed yet."""
+        return self.is_decoding and self.num_computed == len(self.token_ids) - 1
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -355,16 +363,16 @@ class InProcessEngine:
 
     def _start(self) -> None:
         from engine.inference.kv_cache import PrefixCache
-        from engine.inference.runner import ReferenceRunner
+        from engine.inference.runner import make_runner
 
         loaded = self._load()
         self._prefix_cache: PrefixCache = PrefixCache(self._config.prefix_cache_bytes)
-        self._runner: Runner = ReferenceRunner(loaded, self._config.max_draft_tokens)
+        self._runner: Runner = make_runner(loaded, self._config)
         self._grammar_compiler: GrammarCompiler | None = None
         self._runner.activate(self._adapter)
-        on_gpu = loaded.device.type != "cpu"
-        self._max_rows = self._config.max_rows_gpu if on_gpu else self._config.max_rows
-        self._chunk_tokens = self._config.prefill_chunk_tokens_gpu if on_gpu else self._config.prefill_chunk_tokens
+        self._max_rows, self._chunk_tokens = self._runner.max_rows, self._runner.chunk_tokens
+        if (num_kv_tokens := self._runner.num_kv_tokens) is not None:
+            self._context_length = min(self._context_length, num_kv_tokens - self._config.max_draft_tokens)
         self._weights_bytes = int(loaded.model.get_memory_footprint())
         with self._changed:
             self._loaded = loaded
@@ -374,6 +382,7 @@ class InProcessEngine:
                 model_digest=loaded.digest,
                 device=str(loaded.device),
                 quantization=loaded.quantization,
+                context_length=self._context_length,
                 memory_bytes=self._weights_bytes,
             )
             self._changed.notify_all()
@@ -392,13 +401,50 @@ class InProcessEngine:
             cancelled = next((sequence for sequence in waiting if sequence.is_cancelled), None)
             if cancelled is not None:
                 return [cancelled]
-            first = waiting[0]
-            equals = [sequence for sequence in waiting if sequence.request.priority == first.request.priority]
-            decoding = [sequence for sequence in equals if sequence.is_decoding]
-            joining = [sequence for sequence in equals if not sequence.is_decoding]
+            fitting = self._fitting(waiting)
+            equals = [one for one in fitting if one.request.priority == fitting[0].request.priority]
+            decoding = [sequence for sequence in equals if sequence.is_caught_up]
+            joining = [sequence for sequence in equals if not sequence.is_caught_up]
             if joining and len(decoding) < self._max_rows:
                 return joining[:1]
             return self._batchable(decoding)[: self._max_rows]
+
+    def _fitting(self, waiting: list[_Sequence]) -> list[_Sequence]:
+        """Those, in order, whose texts fit into the KV cache beside each other from beginning to end."""
+        num_left = self._runner.num_kv_tokens
+        if num_left is None:
+            return waiting
+        fitting: list[_Sequence] = []
+        for sequence in waiting:
+            num_left -= sequence.num_prompt_tokens + sequence.request.params.max_new_tokens + _SLACK_TOKENS
+            if fitting and num_left < 0:
+                break
+            fitting.append(sequence)
+        return fitting
+
+    def _make_room(self, sequences: list[_Sequence]) -> None:
+        """Drop prefixes that nobody uses, then what those computed that do not fit beside these; they compute it again.
+
+        What they were to get is not lost, only late: whoever comes first by rank keeps what it has.
+        """
+        needs = [
+            (
+                one.kv_cache,
+                min(len(one.token_ids) - one.num_computed, self._chunk_tokens) + self._config.max_draft_tokens,
+            )
+            for one in sequences
+            if one.kv_cache is not None
+        ]
+        while not self._runner.has_room(needs) and self._prefix_cache.drop_oldest():
+            pass
+        others = [one for one in self._sequences.values() if one not in sequences and one.num_computed]
+        for other in sorted(others, key=lambda one: one.rank, reverse=True):
+            if self._runner.has_room(needs):
+                return
+            assert other.kv_cache is not None
+            self._runner.settle(other.kv_cache)
+            other.kv_cache.truncate(0)
+            other.num_computed = 0
 
     def _batchable(self, decoding: list[_Sequence]) -> list[_Sequence]:
         """Those that can share a step with the first: the same adapter, and caches of ours."""
@@ -416,6 +462,7 @@ class InProcessEngine:
             if not sequences[0].is_admitted:
                 self._admit(sequences[0])
             self._runner.activate(sequences[0].adapter)
+            self._make_room(sequences)
             drafts = self._drafts(sequences)
             logits = self._run_model(drafts)
             choices = [
@@ -486,7 +533,8 @@ class InProcessEngine:
         """Most draft tokens that this step can take for one of its sequences."""
         assert sequence.kv_cache is not None
         num_left = len(sequence.token_ids) - sequence.num_computed
-        if num_left > self._chunk_tokens or sequence.request.embed or not sequence.kv_cache.can_go_back:
+        wants_drafts = sequence.request.params.speculation and not sequence.request.embed
+        if num_left > self._chunk_tokens or not wants_drafts or not sequence.kv_cache.can_go_back:
             return 0
         return min(
             sequence.draft_length.num_tokens,

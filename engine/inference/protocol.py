@@ -60,6 +60,9 @@ class SamplingParams:
         stop_token_ids: End tokens besides the model's own.
         grammar: Constraint on the text.
         top_logprobs: How many of the likeliest tokens to report at each generated one; 0 for none.
+        speculation: Whether tokens may be drafted; the text is the same either way.
+        replay_token_ids: For benchmarks: the tokens that are chosen, whatever the model would choose; all is computed
+            as if they were its own.
     """
 
     max_new_tokens: int
@@ -74,6 +77,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
     top_logprobs: int = 0
+    speculation: bool = True
+    replay_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -16,6 +16,9 @@ from engine.inference.adapters import AdapterFiles, AdapterSwitch
 from engine.inference.batch import DecodeBatch
 from engine.inference.kv_cache import KVCache, SequenceCache, new_kv_cache
 from engine.inference.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from engine.inference.engine import EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,30 @@ class Row:
 
 class Runner(Protocol):
     """One model on one device. Everything is called by the engine's thread."""
+
+    @property
+    def name(self) -> str:
+        """What runs the model, for people."""
+        ...
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of one prefill step; a cancel waits for at most this many."""
+        ...
+
+    @property
+    def max_rows(self) -> int:
+        """Sequences that decode together."""
+        ...
+
+    @property
+    def num_kv_tokens(self) -> int | None:
+        """Tokens that all caches together can hold; None: as many as memory has room for."""
+        ...
+
+    def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
+        """Whether caches can gain so many tokens each."""
+        ...
 
     def new_kv_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
@@ -81,12 +108,18 @@ class ReferenceRunner:
 
     Args:
         loaded: The model.
-        max_draft_tokens: Draft tokens of one step; 0 for none.
+        config: The engine's limits.
     """
 
-    def __init__(self, loaded: LoadedModel, max_draft_tokens: int) -> None:
+    name = "transformers"
+    num_kv_tokens = None
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        on_gpu = loaded.device.type != "cpu"
+        self.chunk_tokens = config.prefill_chunk_tokens_gpu if on_gpu else config.prefill_chunk_tokens
+        self.max_rows = config.max_rows_gpu if on_gpu else config.max_rows
         self._loaded = loaded
-        self._max_draft_tokens = max_draft_tokens
+        self._max_draft_tokens = config.max_draft_tokens
         self._switch = AdapterSwitch(loaded.model)
         self._batch: DecodeBatch | None = None
         self._batch_caches: list[KVCache] = []
@@ -94,6 +127,10 @@ class ReferenceRunner:
     def new_kv_cache(self) -> SequenceCache:
         """See `Runner`."""
         return new_kv_cache(self._loaded.model.config)
+
+    def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
+        """See `Runner`."""
+        return True
 
     def most_drafts(self, num_rows: int) -> int:
         """See `Runner`. Rows side by side take one token each."""
@@ -146,3 +183,16 @@ class ReferenceRunner:
             assert len(self._batch_caches) == len(caches), "caches that cannot go back do not share a step"
             self._batch = DecodeBatch(self._batch_caches)
         return self._batch.step(self._loaded.model, [row.token_ids[0] for row in rows])
+
+
+def make_runner(loaded: LoadedModel, config: EngineConfig) -> Runner:
+    """The fastest way to run a model that there is for it.
+
+    Args:
+        loaded: The model.
+        config: The engine's limits.
+
+    Returns:
+        Its runner.
+    """
+    return ReferenceRunner(loaded, config)

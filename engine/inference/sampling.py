@@ -33,6 +33,7 @@ class Sampler:
         self, params: SamplingParams, prompt_token_ids: tuple[int, ...], vocab_size: int, device: torch.device
     ) -> None:
         self._params = params
+        self._num_chosen = 0
         self._generator: torch.Generator | None = None
         if params.temperature > 0:
             self._generator = torch.Generator()
@@ -66,12 +67,18 @@ class Sampler:
         token_ids: list[int] = []
         for row, draft_token_id in enumerate((*draft_token_ids, None)):
             token_id = likeliest[row] if likeliest is not None else self._sample(logits[row].cpu())
+            token_id = self._replayed(self._num_chosen + row, token_id)
             token_ids.append(token_id)
             if token_id != draft_token_id:
                 break
+        self._num_chosen += len(token_ids)
         if self._seen is not None:
             self._seen[torch.tensor(token_ids, device=self._seen.device)] = True
         return self._with_logprobs(token_ids, logits)
+
+    def _replayed(self, place: int, token_id: int) -> int:
+        replay = self._params.replay_token_ids
+        return replay[place] if place < len(replay) else token_id
 
     def _with_logprobs(self, token_ids: list[int], logits: torch.Tensor) -> list[Choice]:
         if not self._params.top_logprobs:
