@@ -81,15 +81,17 @@ def read_workload(path: Path = DEFAULT_FILE) -> Workload:
         UsageError: It is no file of recordings.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        packed = path.read_bytes()
+    except OSError as error:
+        raise PathError(f"{path} cannot be read: {error.strerror or error}", hint="Check the path.") from None
+    try:
+        lines = gzip.decompress(packed).decode("utf-8").splitlines()
         head, *rows = [cast("dict[str, Any]", json.loads(line)) for line in lines]
         recordings = tuple(
             Recording(row["id"], row["workload"], tuple(row["prompt"]), tuple(row["answer"])) for row in rows
         )
         return Workload(recordings, head["left_out"], head["made_with"])
-    except OSError as error:
-        raise PathError(f"{path} cannot be read: {error.strerror or error}", hint="Check the path.") from None
-    except (ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise UsageError(
             f"{path} is no recorded workload: {error}", hint="benchmarks/record_workload.py makes one."
         ) from None

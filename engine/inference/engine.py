@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,9 @@ class EngineConfig:
         max_rows: Requests of one priority that are decoded together on CPU.
         max_rows_gpu: The same on a GPU.
         max_draft_tokens: Most tokens drafted for one step of a request; 0 for no speculation.
+        kv_cache_tokens: Tokens that the fast path's KV cache holds; 0 for what memory has room for.
+        fast_path: Whether our own kernels run the model where they can.
+        tuning_path: File for the fast path's measured tile sizes; None measures nothing.
     """
 
     max_waiting: int = 64
@@ -70,6 +74,9 @@ class EngineConfig:
     max_rows: int = 16
     max_rows_gpu: int = 64
     max_draft_tokens: int = 31
+    kv_cache_tokens: int = 0
+    fast_path: bool = True
+    tuning_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,12 +373,14 @@ class InProcessEngine:
         from engine.inference.runner import make_runner
 
         loaded = self._load()
-        self._prefix_cache: PrefixCache = PrefixCache(self._config.prefix_cache_bytes)
-        self._runner: Runner = make_runner(loaded, self._config)
+        self._runner: Runner = make_runner(loaded, self._config, self._say)
         self._grammar_compiler: GrammarCompiler | None = None
         self._runner.activate(self._adapter)
         self._max_rows, self._chunk_tokens = self._runner.max_rows, self._runner.chunk_tokens
-        if (num_kv_tokens := self._runner.num_kv_tokens) is not None:
+        num_kv_tokens = self._runner.num_kv_tokens  # a cache of fixed size drops prefixes when it needs the room
+        prefix_bytes = self._config.prefix_cache_bytes if num_kv_tokens is None else sys.maxsize
+        self._prefix_cache: PrefixCache = PrefixCache(prefix_bytes)
+        if num_kv_tokens is not None:
             self._context_length = min(self._context_length, num_kv_tokens - self._config.max_draft_tokens)
         self._weights_bytes = int(loaded.model.get_memory_footprint())
         with self._changed:
@@ -384,8 +393,14 @@ class InProcessEngine:
                 quantization=loaded.quantization,
                 context_length=self._context_length,
                 memory_bytes=self._weights_bytes,
+                message="",
             )
             self._changed.notify_all()
+
+    def _say(self, message: str) -> None:
+        """What is being prepared, for `status`."""
+        with self._changed:
+            self._status = replace(self._status, message=message)
 
     def _schedule(self) -> list[_Sequence]:
         """What to advance next, after a wait if there is nothing: one sequence, or several that decode together.
@@ -501,7 +516,9 @@ class InProcessEngine:
             )
         sequence.is_admitted = True
         sequence.queue_s = time.monotonic() - sequence.submitted_at
-        sequence.sampler = Sampler(request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device)
+        sequence.sampler = Sampler(
+            request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device, self._runner.greedy
+        )
         if request.params.grammar is not None:
             sequence.matcher = self._compiler().compile(request.params.grammar)
         if not request.embed:  # an embedding needs every hidden state

@@ -6,7 +6,8 @@ until one joins or leaves, so their KV caches are up to date only after `settle`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,11 @@ from engine.inference.kv_cache import KVCache, SequenceCache, new_kv_cache
 from engine.inference.loading import LoadedModel
 
 if TYPE_CHECKING:
+    from engine.inference.cuda.verify import GreedyKernel
     from engine.inference.engine import EngineConfig
+
+
+log = logging.getLogger("planpatch.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class Runner(Protocol):
     @property
     def num_kv_tokens(self) -> int | None:
         """Tokens that all caches together can hold; None: as many as memory has room for."""
+        ...
+
+    @property
+    def greedy(self) -> GreedyKernel | None:
+        """What chooses greedily in one go, if there is such a kernel."""
         ...
 
     def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
@@ -113,6 +123,7 @@ class ReferenceRunner:
 
     name = "transformers"
     num_kv_tokens = None
+    greedy = None
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         on_gpu = loaded.device.type != "cpu"
@@ -185,14 +196,30 @@ class ReferenceRunner:
         return self._batch.step(self._loaded.model, [row.token_ids[0] for row in rows])
 
 
-def make_runner(loaded: LoadedModel, config: EngineConfig) -> Runner:
+def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None] = lambda _: None) -> Runner:
     """The fastest way to run a model that there is for it.
 
     Args:
         loaded: The model.
         config: The engine's limits.
+        say: Called with what is being prepared, and with why the fast path cannot be taken.
 
     Returns:
         Its runner.
     """
+    if loaded.device.type == "cuda" and config.fast_path:
+        reason = _why_not_fast(loaded)
+        if not reason:
+            from engine.inference.cuda.rows import FusedRunner
+
+            return FusedRunner(loaded, config, config.tuning_path, say)
+        log.warning("the model runs on transformers, not on the fast path: %s", reason)
     return ReferenceRunner(loaded, config)
+
+
+def _why_not_fast(loaded: LoadedModel) -> str:
+    try:
+        from engine.inference.cuda.runner import CudaRunner
+    except ImportError as fault:  # Triton is a package of its own on Windows
+        return f"{fault}; install planpatch[cuda]"
+    return CudaRunner.why_not(loaded)

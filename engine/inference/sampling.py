@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.inference.protocol import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from engine.inference.cuda.verify import GreedyKernel
+
+_MAX_RECENT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +33,20 @@ class Sampler:
         prompt_token_ids: The prompt; it counts for the repetition penalty, as in transformers.
         vocab_size: Length of a row of logits.
         device: Where the logits are.
+        greedy: Chooses greedily in one go, where there is such a kernel.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_token_ids: tuple[int, ...], vocab_size: int, device: torch.device
+        self,
+        params: SamplingParams,
+        prompt_token_ids: tuple[int, ...],
+        vocab_size: int,
+        device: torch.device,
+        greedy: GreedyKernel | None = None,
     ) -> None:
         self._params = params
+        self._greedy = greedy if params.temperature == 0 and params.top_logprobs <= 2 else None
+        self._recent: list[int] = []  # seen, but not in the mask yet
         self._num_chosen = 0
         self._generator: torch.Generator | None = None
         if params.temperature > 0:
@@ -60,6 +74,8 @@ class Sampler:
         Returns:
             The tokens, at least one; they count as seen from now on.
         """
+        if self._greedy is not None:
+            return self._verify_at_once(self._greedy, logits, draft_token_ids, allowed)
         logits = self._penalised(logits.float(), draft_token_ids)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, float("-inf"))
@@ -75,6 +91,35 @@ class Sampler:
         if self._seen is not None:
             self._seen[torch.tensor(token_ids, device=self._seen.device)] = True
         return self._with_logprobs(token_ids, logits)
+
+    def _verify_at_once(
+        self, greedy: GreedyKernel, logits: torch.Tensor, draft_token_ids: Sequence[int], allowed: torch.Tensor | None
+    ) -> list[Choice]:
+        """`verify` with one wait for the device."""
+        more_seen = [(token_id, 0) for token_id in self._recent]
+        more_seen += [(token_id, row) for row, token_id in enumerate(draft_token_ids, 1)]
+        rows = greedy(
+            logits,
+            penalty=self._params.repetition_penalty,
+            seen=self._seen,
+            more_seen=more_seen if self._seen is not None else (),
+            allowed=allowed,
+        )
+        choices: list[Choice] = []
+        for row, draft_token_id in zip(rows, (*draft_token_ids, None), strict=True):
+            token_id = self._replayed(self._num_chosen + len(choices), row.token_id)
+            pairs = ((row.token_id, row.logprob), (row.second_token_id, row.second_logprob))
+            top = tuple(TokenLogprob(*pair) for pair in pairs[: self._params.top_logprobs])
+            choices.append(Choice(token_id, row.logprob if top else None, top))
+            if token_id != draft_token_id:
+                break
+        self._num_chosen += len(choices)
+        if self._seen is not None:
+            self._recent += [choice.token_id for choice in choices]
+            if len(self._recent) > _MAX_RECENT:
+                self._seen[torch.tensor(self._recent, device=self._seen.device)] = True
+                self._recent.clear()
+        return choices
 
     def _replayed(self, place: int, token_id: int) -> int:
         replay = self._params.replay_token_ids

@@ -84,3 +84,25 @@ def test_a_repeated_edit_gives_the_same_text_and_leaves_the_file(
     with (tmp_path / "bench_results.csv").open(encoding="utf-8", newline="") as rows:
         assert [row["edits"] for row in csv.DictReader(rows)] == ["1", "1"]
     assert file.read_bytes() == CASES[0]["before"].encode()
+
+
+@pytest.mark.slow
+def test_the_engine_is_measured_on_recorded_edits_and_the_last_line_is_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lsp_server import bench_engine
+
+    sizes = bench_engine.Sizes(num_repeats=1, widths=(1, 4), decode_tokens=6)
+    monkeypatch.setattr(bench_engine, "CPU_SIZES", sizes)
+    monkeypatch.setattr(bench_engine, "CONTEXT_TOKENS", 120)
+    assert main(["bench", "engine", "--edits", "1", *MODEL]) == 0
+    out = capfd.readouterr().out.splitlines()
+    found = json.loads(out[-1])
+    assert found["device"].startswith("cpu")
+    assert set(found["backends"]) == {"planpatch", "generate", "generate_lookup"}
+    ours = found["backends"]["planpatch"]
+    assert set(ours["decode_ms"]) == {"1", "4"}
+    assert ours["workloads"]["references"]["acceptance"] > 0
+    for figures in found["backends"].values():
+        assert all(figures[name] > 0 for name in ("prefill_ms", "ttft_ms", "patch_tok_per_s", "plan_p50_ms"))
+    assert any("prefill" in line for line in out[:-1])
