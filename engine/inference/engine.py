@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from engine.errors import EngineError, PlanPatchError, UsageError
 from engine.inference.adapters import BASE, AdapterFiles, read_adapter
 from engine.inference.drafting import DraftLength, PromptLookup
+from engine.inference.heap import HeapTrimmer
 from engine.inference.loading import LoadedModel, context_length_of
 from engine.inference.protocol import (
     Completion,
@@ -181,6 +182,7 @@ class InProcessEngine:
         self._adapter = read_adapter(adapter) if adapter else None
         self._status = EngineStatus("loading", name, model_digest=digest, context_length=self._context_length)
         self._is_closing = False
+        self._heap = HeapTrimmer()
         self._loaded: LoadedModel | None = None
         self._thread = threading.Thread(target=self._run, name="planpatch-engine", daemon=True)
         self._thread.start()
@@ -727,6 +729,7 @@ class InProcessEngine:
         if sequence.kv_cache is not None:
             sequence.kv_cache.release()
         sequence.kv_cache = sequence.sampler = sequence.matcher = None
+        self._heap.trim()
         with self._changed:
             self._sequences.pop(sequence.id, None)
             ended = [name for name in self._unstreamed if name not in self._sequences]

@@ -6,14 +6,17 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.errors import ContextLengthError, EngineError, ModelError, PlanPatchError, UsageError
-from engine.inference.engine import EngineConfig, InProcessEngine
+from engine.inference.engine import _SLACK_TOKENS, EngineConfig, InProcessEngine
+from engine.inference.kv_cache import SequenceCache
 from engine.inference.loading import LoadedModel, load_model
 from engine.inference.protocol import (
     Completion,
@@ -27,6 +30,7 @@ from engine.inference.protocol import (
     Token,
     complete,
 )
+from engine.inference.runner import ReferenceRunner
 
 PROMPT = "Count from one to twenty in words."
 LONG_PROMPT = "Write a long poem about the sea. " * 10
@@ -282,6 +286,55 @@ def test_requests_that_nobody_streams_do_not_pile_up(loaded: LoadedModel) -> Non
         for name in list(engine._unstreamed):
             assert parts(list(engine.stream(name)))[2].finish_reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
         assert engine._unstreamed == {}
+
+
+# a KV cache of fixed size
+
+
+class SmallRunner(ReferenceRunner):
+    """Caches of 128 tokens all together, as on a GPU with little memory."""
+
+    num_kv_tokens = 128 + 31
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.most_used = 0
+
+    def new_kv_cache(self) -> SequenceCache:
+        cache = super().new_kv_cache()
+        self.caches.add(cache)
+        return cache
+
+    def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
+        used = sum(cache.num_tokens for cache in self.caches)
+        self.most_used = max(self.most_used, used)
+        return used + sum(num_tokens for _, num_tokens in needs) <= self.num_kv_tokens + _SLACK_TOKENS
+
+
+def test_a_kv_cache_of_fixed_size_is_given_by_rank_and_what_lost_its_place_is_computed_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.inference.runner.ReferenceRunner", SmallRunner)
+    words = "The numbers from one to fifty, in words: one, two, three,"
+    with engine_of(loaded) as engine:
+        engine.wait_until_ready()
+        assert engine.status().context_length == 128
+        slow = request(engine, words, Priority.BACKGROUND, max_new_tokens=60)
+        quick = request(engine, "Say hello.", max_new_tokens=24)
+        assert len(slow.prompt_token_ids) + len(quick.prompt_token_ids) < 100
+        alone = complete(engine, slow)
+        assert alone.num_accepted_tokens > 0
+        background = engine.stream(engine.submit(slow))
+        first = next(background)
+        assert complete(engine, quick).finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+        rest = parts([first, *background])[2]
+        assert rest.token_ids == alone.token_ids
+        assert engine._runner.most_used <= 128 + 31 + _SLACK_TOKENS  # type: ignore[attr-defined]
+        together = [engine.submit(slow) for _ in range(3)]
+        assert {parts(list(engine.stream(one)))[2].token_ids for one in together} == {alone.token_ids}
+        with pytest.raises(ContextLengthError, match="128"):
+            engine.submit(request(engine, words, max_new_tokens=120))
 
 
 # loading, closing, failing
