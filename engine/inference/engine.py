@@ -481,9 +481,11 @@ class InProcessEngine:
             self._runner.activate(sequences[0].adapter)
             self._make_room(sequences)
             drafts = self._drafts(sequences)
+            if not drafts:
+                return None
             logits = self._run_model(drafts)
             choices = [
-                self._verify(sequence, draft, rows)
+                self._verified(sequence, draft, rows)
                 for (sequence, draft), rows in zip(drafts.items(), logits, strict=True)
             ]
         except PlanPatchError as error:
@@ -492,7 +494,10 @@ class InProcessEngine:
             return self._refuse_or_fail(sequences, fault)
         elapsed_s = time.monotonic() - started_at
         for sequence, chosen in zip(drafts, choices, strict=True):
-            self._advance(sequence, chosen, elapsed_s)
+            if isinstance(chosen, PlanPatchError):
+                self._refuse([sequence], chosen)
+            else:
+                self._advance(sequence, chosen, elapsed_s)
 
     def _advance(self, sequence: _Sequence, choices: list[Choice], elapsed_s: float) -> None:
         """Take in what one step gave one sequence."""
@@ -611,6 +616,13 @@ class InProcessEngine:
             rows.append(Row(sequence.kv_cache, [*token_ids, *draft.token_ids], is_through + len(draft.token_ids)))
         return self._runner.run(rows)
 
+    def _verified(self, sequence: _Sequence, draft: _Draft, logits: torch.Tensor) -> list[Choice] | PlanPatchError:
+        """`_verify`, or why this sequence alone cannot go on."""
+        try:
+            return self._verify(sequence, draft, logits)
+        except PlanPatchError as error:
+            return error
+
     def _verify(self, sequence: _Sequence, draft: _Draft, logits: torch.Tensor) -> list[Choice]:
         """The next tokens, as far as the draft was right and one more; none while the prompt is not through."""
         if not len(logits):
@@ -664,7 +676,7 @@ class InProcessEngine:
         return FinishReason.LENGTH if sequence.num_generated >= params.max_new_tokens else None
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        rest = sequence.stop_text.push(sequence.detokenizer.flush()) + sequence.stop_text.flush()
+        rest = sequence.stop_text.flush()  # bytes of a character that was cut are nobody's text
         hidden = sequence.hidden_sum
         self._keep_prefix(sequence)
         self._forget(sequence)

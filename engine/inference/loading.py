@@ -84,10 +84,13 @@ def set_runtime_defaults() -> None:
 
     CUDA's allocator grows segments. OpenMP's threads sleep instead of spinning when they wait: where other programs use
     the cores, a spinning thread keeps its own partner from running (3 to 4 times slower; DECISIONS.md has the figures).
+    oneDNN keeps few compiled shapes: by default a thousand, one for each length of text, at a megabyte each.
     """
     if "torch" in sys.modules:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

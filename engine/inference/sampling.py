@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.errors import EngineError
 from engine.inference.protocol import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from engine.inference.cuda.verify import GreedyKernel
 
 _MAX_RECENT = 128
+_LEAST_TEMPERATURE = 1e-5  # below, a likelier token wins by any lead that fp32 can tell, and quotients overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,12 @@ class Sampler:
         greedy: GreedyKernel | None = None,
     ) -> None:
         self._params = params
-        self._greedy = greedy if params.temperature == 0 and params.top_logprobs <= 2 else None
+        is_greedy = params.temperature < _LEAST_TEMPERATURE
+        self._greedy = greedy if is_greedy and params.top_logprobs <= 2 else None
         self._recent: list[int] = []  # seen, but not in the mask yet
         self._num_chosen = 0
         self._generator: torch.Generator | None = None
-        if params.temperature > 0:
+        if not is_greedy:
             self._generator = torch.Generator()
             self._generator.seed() if params.seed is None else self._generator.manual_seed(params.seed)
         self._seen: torch.Tensor | None = None
@@ -73,6 +76,9 @@ class Sampler:
 
         Returns:
             The tokens, at least one; they count as seen from now on.
+
+        Raises:
+            EngineError: There is nothing to sample from.
         """
         if self._greedy is not None:
             return self._verify_at_once(self._greedy, logits, draft_token_ids, allowed)
@@ -164,7 +170,7 @@ class Sampler:
 
     def _sample(self, logits: torch.Tensor) -> int:
         params = self._params
-        logits = logits / params.temperature
+        logits = (logits - logits.max()) / params.temperature
         if 0 < params.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
         if params.top_p < 1:
@@ -172,6 +178,8 @@ class Sampler:
         probabilities = logits.softmax(-1)
         if params.min_p > 0:
             probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0)
+        if not torch.isfinite(probabilities).all():
+            raise EngineError("The model's probabilities are not numbers here", hint="Use other sampling options.")
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 

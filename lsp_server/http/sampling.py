@@ -78,7 +78,7 @@ def params_of(
         max_time_s=options.max_time if options.max_time is not None and options.max_time > 0 else None,
         temperature=temperature,
         top_k=max(0, min(options.top_k, 1_000_000)),
-        top_p=min(options.top_p, 1.0) if options.top_p > 0 else 1.0,
+        top_p=min(max(options.top_p, 0.0), 1.0),
         min_p=min(max(options.min_p, 0.0), 1.0),
         seed=None if options.seed < 0 else options.seed % 2**63,
         repetition_penalty=min(max(options.repeat_penalty, 0.001), 1000.0) if options.repeat_penalty > 0 else 1.0,

@@ -288,6 +288,29 @@ def test_requests_that_nobody_streams_do_not_pile_up(loaded: LoadedModel) -> Non
         assert engine._unstreamed == {}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"$ref": "#"}',
+        '{"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}',
+        '{"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}, "$ref": "#/$defs/A"}',
+        '{"type": "array", "items": {"$ref": "#/items"}, "minItems": 1}',
+    ],
+)
+def test_a_grammar_that_cannot_begin_ends_its_request_alone(engine: InProcessEngine, schema: str) -> None:
+    with pytest.raises(UsageError, match="grammar"):
+        complete(engine, request(engine, max_new_tokens=60, grammar=Grammar("json_schema", schema)))
+    assert complete(engine, request(engine)).finish_reason is FinishReason.LENGTH
+
+
+def test_a_character_that_the_limit_cuts_is_no_text(engine: InProcessEngine) -> None:
+    cut = request(engine, "Print only this: 🇰🇷😀", max_new_tokens=3)
+    token_ids = tuple(engine.tokenizer.encode("a🇰🇷"))[:2]
+    replayed = replace(cut, params=SamplingParams(2, replay_token_ids=token_ids))
+    text, _, completion = parts(list(engine.stream(engine.submit(replayed))))
+    assert (text, completion.text, completion.token_ids) == ("a", "a", token_ids)
+
+
 # a KV cache of fixed size
 
 

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from engine.errors import EngineError
 from engine.inference.protocol import SamplingParams
 from engine.inference.sampling import Choice, Sampler
 
@@ -184,3 +185,25 @@ def test_logprobs_of_a_verified_draft_are_those_of_each_place() -> None:
     for choice, row in zip(choices, rows, strict=True):
         assert choice.logprob == pytest.approx(float(row.log_softmax(-1)[choice.token_id]))
         assert [one.token_id for one in choice.top_logprobs] == row.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 1e-320])
+@pytest.mark.parametrize("penalty", [1.0, 0.01])
+def test_a_temperature_near_nothing_is_greedy(temperature: float, penalty: float) -> None:
+    rows = torch.stack([logits_of(seed) for seed in range(4)]) * 1e3
+    cold = sampler(temperature=temperature, seed=1, repetition_penalty=penalty)
+    greedy = sampler(repetition_penalty=penalty)
+    assert [choose(cold, row) for row in rows] == [choose(greedy, row) for row in rows]
+
+
+def test_a_small_temperature_with_large_logits_overflows_nowhere() -> None:
+    assert choose(sampler(temperature=2e-5, seed=1), torch.linspace(-1e30, 1e30, VOCAB_SIZE)).token_id == VOCAB_SIZE - 1
+
+
+def test_a_top_p_of_nothing_keeps_the_likeliest() -> None:
+    assert set(draws(logits_of(3), top_p=0.0, temperature=5.0)) == {int(logits_of(3).argmax())}
+
+
+def test_logits_that_are_no_numbers_are_an_error_of_that_request() -> None:
+    with pytest.raises(EngineError, match="not numbers"):
+        choose(sampler(temperature=1.0), torch.full((VOCAB_SIZE,), float("nan")))
