@@ -57,6 +57,11 @@ class Paths:
         return self.home / "runtime.json"
 
     @property
+    def kernel_tuning(self) -> Path:
+        """Measured tile sizes of the CUDA kernels; `planpatch bench engine` measures them."""
+        return self.home / "kernel-tuning.json"
+
+    @property
     def servers(self) -> Path:
         """One small file for each running language server."""
         return self.home / "servers"

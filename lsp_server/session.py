@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import AdapterError
 from engine.inference.adapters import BASE
 from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
-from engine.inference.engine import InProcessEngine
+from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import (
     LoadedModel,
     Quantization,
@@ -159,7 +159,14 @@ class Session:
         """
         adapter = self.adapter()
         self.check_memory(ref)
-        return InProcessEngine(local.name, local.folder, self.loading(local), digest=local.digest, adapter=adapter)
+        return InProcessEngine(
+            local.name,
+            local.folder,
+            self.loading(local),
+            digest=local.digest,
+            adapter=adapter,
+            config=EngineConfig(tuning_path=self.paths.kernel_tuning),
+        )
 
     def loading(self, local: LocalModel) -> Callable[[], LoadedModel]:
         """What reads a model's weights as the settings say.

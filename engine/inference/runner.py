@@ -212,7 +212,7 @@ def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], 
         if not reason:
             from engine.inference.cuda.rows import FusedRunner
 
-            return FusedRunner(loaded, config, config.tuning_path, say)
+            return FusedRunner(loaded, config, say)
         log.warning("the model runs on transformers, not on the fast path: %s", reason)
     return ReferenceRunner(loaded, config)
 

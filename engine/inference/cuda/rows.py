@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +32,6 @@ class FusedRunner:
     Args:
         loaded: The model; `CudaRunner.why_not` says that it can be run.
         config: The engine's limits.
-        tuning_path: Where measured tile sizes are kept.
         say: Called with what is being prepared.
     """
 
@@ -41,14 +39,12 @@ class FusedRunner:
     max_rows = CudaRunner.max_decode_tokens
     chunk_tokens = CudaRunner.chunk_tokens
 
-    def __init__(
-        self, loaded: LoadedModel, config: EngineConfig, tuning_path: Path | None, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._loaded = loaded
         self._max_draft_tokens = config.max_draft_tokens
         self.num_kv_tokens = config.kv_cache_tokens or kv_tokens_of(loaded)
-        self._cuda = CudaRunner(loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=tuning_path)
-        self._cuda.warm_up(say, tune=tuning_path is not None)
+        self._cuda = CudaRunner(loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=config.tuning_path)
+        self._cuda.warm_up(say, tune=config.tune)
         self.greedy = GreedyKernel(loaded.vocab_size, loaded.device)
         self._adapters: OrderedDict[str, LoraWeights] = OrderedDict()
         self._active = BASE
