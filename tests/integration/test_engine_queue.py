@@ -315,9 +315,9 @@ def test_a_character_that_the_limit_cuts_is_no_text(engine: InProcessEngine) -> 
 
 
 class SmallRunner(ReferenceRunner):
-    """Caches of 128 tokens all together, as on a GPU with little memory."""
+    """Caches of 80 tokens all together, as on a GPU with little memory."""
 
-    num_kv_tokens = 128 + 31
+    num_kv_tokens = 80 + 31
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -339,13 +339,13 @@ def test_a_kv_cache_of_fixed_size_is_given_by_rank_and_what_lost_its_place_is_co
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.inference.runner.ReferenceRunner", SmallRunner)
-    words = "The numbers from one to fifty, in words: one, two, three,"
+    words = "The numbers from one to ten, in words: one, two, three,"
     with engine_of(loaded) as engine:
         engine.wait_until_ready()
-        assert engine.status().context_length == 128
-        slow = request(engine, words, Priority.BACKGROUND, max_new_tokens=60)
-        quick = request(engine, "Say hello.", max_new_tokens=24)
-        assert len(slow.prompt_token_ids) + len(quick.prompt_token_ids) < 100
+        assert engine.status().context_length == 80
+        slow = request(engine, words, Priority.BACKGROUND, max_new_tokens=24)
+        quick = request(engine, "Say hello.", max_new_tokens=8)
+        assert len(slow.prompt_token_ids) + 24 < 80
         alone = complete(engine, slow)
         assert alone.num_accepted_tokens > 0
         background = engine.stream(engine.submit(slow))
@@ -353,10 +353,10 @@ def test_a_kv_cache_of_fixed_size_is_given_by_rank_and_what_lost_its_place_is_co
         assert complete(engine, quick).finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
         rest = parts([first, *background])[2]
         assert rest.token_ids == alone.token_ids
-        assert engine._runner.most_used <= 128 + 31 + _SLACK_TOKENS  # type: ignore[attr-defined]
-        together = [engine.submit(slow) for _ in range(3)]
+        assert engine._runner.most_used <= 80 + 31 + _SLACK_TOKENS  # type: ignore[attr-defined]
+        together = [engine.submit(slow) for _ in range(2)]
         assert {parts(list(engine.stream(one)))[2].token_ids for one in together} == {alone.token_ids}
-        with pytest.raises(ContextLengthError, match="128"):
+        with pytest.raises(ContextLengthError, match="80"):
             engine.submit(request(engine, words, max_new_tokens=120))
 
 

@@ -196,17 +196,18 @@ def test_speculation_gives_the_reference_tokens_in_fewer_steps(fp32: Bench, leng
     prompt = fp32.prompt(
         f"Write this out again, with `low` in the place of `high` in line 3:\n```python\n{FUNCTION}```"
     )
-    params = SamplingParams(max_new_tokens=length(40, 64), repetition_penalty=1.03, top_logprobs=2)
+    params = SamplingParams(max_new_tokens=length(24, 64), repetition_penalty=1.03, top_logprobs=2)
     completion = fp32.generate(prompt, params)
     check_equal(fp32, prompt, params, completion)
     assert len(completion.top_logprobs) == len(completion.token_ids)
-    assert completion.num_accepted_tokens > 10
+    assert completion.num_accepted_tokens > 8
     assert completion.num_steps < 0.7 * len(completion.token_ids)
     assert completion.num_steps + completion.num_accepted_tokens in range(len(completion.token_ids), 999)
-    again = fp32.generate([*prompt, *completion.token_ids[:20]], SamplingParams(4, repetition_penalty=1.03))
-    assert again.token_ids == completion.token_ids[20:24], "rejected drafts left nothing in the cache"
+    again = fp32.generate([*prompt, *completion.token_ids[:18]], SamplingParams(4, repetition_penalty=1.03))
+    assert again.token_ids == completion.token_ids[18:22], "rejected drafts left nothing in the cache"
 
 
+@pytest.mark.slow
 def test_a_grammar_s_own_text_is_drafted_and_the_tokens_are_the_reference_s(fp32: Bench) -> None:
     schema = {
         "type": "object",
