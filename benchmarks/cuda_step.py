@@ -1,4 +1,4 @@
-"""Steps of the CUDA path on Qwen3-8B's shapes with random weights: decode by rows and context, prefill, kernels, memory.
+"""Steps of the CUDA path on Qwen3-8B's shapes with random weights: decode by rows and context, prefill, memory.
 
     python benchmarks/cuda_step.py [--quantization int8|nf4|bf16] [--tuning FILE [--tune]] [--quick]
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# ruff: noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.inference.loading import set_runtime_defaults

@@ -42,8 +42,9 @@ def random_model(
         if parameter.is_meta:
             parent, _, last = name.rpartition(".")
             shape = parameter.shape
-            value = torch.rand(shape) + 0.5 if parameter.ndim == 1 else torch.randn(shape, device=device) * 0.02
-            setattr(model.get_submodule(parent), last, nn.Parameter(value.to(device, dtype), requires_grad=False))
+            value = torch.empty(shape, dtype=dtype, device=device)
+            value = value.uniform_(0.5, 1.5) if parameter.ndim == 1 else value.normal_(std=0.02)
+            setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.tie_weights()
     return LoadedModel(
@@ -54,7 +55,7 @@ def random_model(
 
 def _random_linear(like: nn.Linear, quantization: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     num_outputs, num_inputs = like.out_features, like.in_features
-    weight = (torch.randn(num_outputs, num_inputs, device=device) * num_inputs**-0.5).to(dtype)
+    weight = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device).normal_(std=num_inputs**-0.5)
     made: Any
     if quantization == "int8":
         import bitsandbytes as bnb

@@ -27,7 +27,7 @@ if torch.cuda.is_available():
 
 VOCAB = 1000
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=3, max_position_embeddings=8192
+    vocab_size=VOCAB, hidden_size=256, intermediate_size=896, num_hidden_layers=3, max_position_embeddings=8192
 )
 ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0,
@@ -41,7 +41,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama, 1 query a key": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, rope_parameters=ROPE),
 }
 CONFIGS["qwen2, 7 queries a key"].hidden_size = 896
-KINDS = [("int8", "float16"), ("int8", "bfloat16"), ("nf4", "float16"), ("nf4", "bfloat16"), ("bf16", "bfloat16"), ("fp16", "float16")]  # fmt: skip
+KINDS = [(kind, dtype) for kind in ("int8", "nf4") for dtype in ("float16", "bfloat16")]
+KINDS += [("bf16", "bfloat16"), ("fp16", "float16")]
 TOLERANCE = {torch.float16: 0.004, torch.bfloat16: 0.03}
 
 
@@ -115,7 +116,9 @@ def test_logits_are_those_of_an_exact_forward_pass(name: str, quantization: str,
     for width in (1, 2, 3, 16, 17, 33):
         logits = pair.runner.decode([(kv, ids[at : at + width])])
         assert pair.error(logits, exact[at : at + width]) < pair.tolerance
-        assert logits.argmax(-1).eq(exact[at : at + width].argmax(-1)).float().mean() > 0.9
+        best, chosen = exact[at : at + width].max(-1).values, logits.argmax(-1, keepdim=True)
+        lead = best - exact[at : at + width].gather(-1, chosen)[:, 0]
+        assert float(lead.max()) < 4 * pair.tolerance * float(exact.std()), "the likeliest token is, up to rounding"
         at += width
     assert kv.num_tokens == at
 
@@ -271,7 +274,8 @@ def test_an_adapter_goes_on_and_off_and_over_to_another(quantization: Any) -> No
 
     base = logits_of(runner)
     small = adapter(pair.model, 8, ["self_attn.q_proj", "self_attn.v_proj"], 1)
-    large = adapter(pair.model, 24, ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"], 2)  # fmt: skip
+    others = ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    large = adapter(pair.model, 24, others, 2)
     for weights in (small, large, small):
         runner.use_adapter(weights)
         exact = with_adapter(pair.model, weights)(torch.tensor([ids], device="cuda")).logits[0]

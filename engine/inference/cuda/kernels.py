@@ -14,11 +14,12 @@ Not covered: head sizes that are no power of two, sliding windows, gradients.
 
 # pyright: reportUnreachable=false, reportPossiblyUnbound=false, reportArgumentType=false, reportOptionalOperand=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# ruff: noqa: SIM300, RUF005, D403
+# ruff: noqa: SIM300, D403
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -65,19 +66,35 @@ _BLOCK_LINE = tl.constexpr(BLOCK_LINE)
 _PAGE_TABLE = tl.constexpr(PAGE_TABLE)
 
 
-def interleave_of(kind: int) -> int:
-    """In which order a layer takes its inputs: every n-th first, then those after them, and so on.
-
-    A register holds several weights of a row; unpacking gives the first of each, the second of each and so on, and each
-    of these goes to one product.
-    """
-    return {KIND_16BIT.value: 1, KIND_INT8.value: 4, KIND_NF4.value: 2}[kind]
+def places_of(kind: int, num_inputs: int) -> list[int]:
+    """Where a layer takes each of its inputs: `_place` for the order of its kind of weights."""
+    if kind == KIND_16BIT.value:
+        return list(range(num_inputs))
+    quarter = num_inputs // 4
+    if kind == KIND_INT8.value:
+        return [k % 4 * quarter + k // 4 for k in range(num_inputs)]
+    return [(k % 8 // 4 * 2 + k % 2) * quarter + k // 8 * 2 + k % 4 // 2 for k in range(num_inputs)]
 
 
 def num_segments(num_tokens: int) -> int:
     """Segments of a context of `num_tokens` tokens."""
     near = -(-min(num_tokens, FAR_FROM) // NEAR_TOKENS)
     return near + -(-max(0, num_tokens - FAR_FROM) // FAR_TOKENS)
+
+
+@triton.jit
+def _place(k, SIZE: tl.constexpr, ORDER: tl.constexpr):
+    """Where the next layer takes input k. ORDER is its kind.
+
+    A register holds several weights of a row. Unpacked, the first of each go to one product, the second to another, and
+    so on; the inputs lie so that each product reads a stretch of them.
+    """
+    if ORDER == KIND_INT8:
+        return (k % 4) * (SIZE // 4) + k // 4
+    elif ORDER == KIND_NF4:
+        return (k % 8 // 4 * 2 + k % 2) * (SIZE // 4) + k // 8 * 2 + k % 4 // 2
+    else:
+        return k
 
 
 # --- weights to 16 bit -----------------------------------------------------------------------------------------------
@@ -155,74 +172,86 @@ def _widen_int8(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
         )
 
 
-# NF4's sixteen values as bytes: entry i's high and low byte, four entries a register, looked up by `prmt`.
-_NF4_LOOKUP: tl.constexpr = tl.constexpr("""{{
-.reg .b32 s0, s1, m0, m1, k0, k1, a, b, h0, h1, l0, l1;
-and.b32 s0, $4, 0x77777777;
-shr.u32 m0, $4, 3;
-and.b32 m0, m0, 0x11111111;
-shr.u32 s1, s0, 16;
-shr.u32 m1, m0, 16;
-prmt.b32 k0, 0xFF00, 0, m0;
-prmt.b32 k1, 0xFF00, 0, m1;
-prmt.b32 a, {h0}, {h1}, s0;
-prmt.b32 b, {h2}, {h3}, s0;
-lop3.b32 h0, k0, b, a, 0xCA;
-prmt.b32 a, {l0}, {l1}, s0;
-prmt.b32 b, {l2}, {l3}, s0;
-lop3.b32 l0, k0, b, a, 0xCA;
-prmt.b32 a, {h0}, {h1}, s1;
-prmt.b32 b, {h2}, {h3}, s1;
-lop3.b32 h1, k1, b, a, 0xCA;
-prmt.b32 a, {l0}, {l1}, s1;
-prmt.b32 b, {l2}, {l3}, s1;
-lop3.b32 l1, k1, b, a, 0xCA;
-prmt.b32 $0, l0, h0, 0x7351;
-prmt.b32 $1, l1, h1, 0x7351;
-prmt.b32 $2, l0, h0, 0x6240;
-prmt.b32 $3, l1, h1, 0x6240;
-}}""")
-
-
-def _lookup_asm(values: list[int]) -> tl.constexpr:
-    """The lookup for sixteen values of 16 bit."""
-    table = {}
-    for name, shift in (("h", 8), ("l", 0)):
-        for register in range(4):
-            four = [values[4 * register + index] >> shift & 0xFF for index in range(4)]
-            table[f"{name}{register}"] = hex(int.from_bytes(bytes(four), "little"))
-    return tl.constexpr(_NF4_LOOKUP.value.format(**table))
-
-
-# The values of bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA, appendix E), rounded to fp16 and to bf16.
+# The values of bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA, appendix E).
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_NF4_FP16 = _lookup_asm(
-    [0xBC00, 0xB992, 0xB833, 0xB652, 0xB48D, 0xB1EA, 0xADD4, 0x0000]
-    + [0x2D18, 0x3126, 0x33E0, 0x3568, 0x370D, 0x3880, 0x39C9, 0x3C00]
-)
-_NF4_BF16 = _lookup_asm(
-    [0xBF80, 0xBF32, 0xBF06, 0xBECA, 0xBE92, 0xBE3D, 0xBDBA, 0x0000]
-    + [0x3DA3, 0x3E25, 0x3E7C, 0x3EAD, 0x3EE2, 0x3F10, 0x3F39, 0x3F80]
-)
+
+
+def nf4_table(values: Sequence[int]) -> list[int]:
+    """Sixteen 16-bit values as eight int32, for lookups by `prmt`: four of high bytes, then four of low bytes."""
+    table: list[int] = []
+    for shift in (8, 0):
+        data = bytes(value >> shift & 0xFF for value in values)
+        table += [int.from_bytes(data[start : start + 4], "little", signed=True) for start in (0, 4, 8, 12)]
+    return table
+
+
+# Eight weights of a register: the low three bits of each index choose in both halves of the table, four indices at a
+# time, high and low bytes apart; the fourth bit chooses the half. Inputs come twice, once for each int16.
+_NF4_LOOKUP = tl.constexpr("""{
+.reg .b32 s0, s1, m0, k0, k1, a, b, h0, h1, l0, l1;
+and.b32 s0, $4, 0x77777777;
+shl.b32 m0, $4, 4;
+shr.u32 s1, s0, 16;
+prmt.b32 k0, $4, m0, 0x9D8C;
+prmt.b32 k1, $4, m0, 0xBFAE;
+prmt.b32 a, $5, $7, s0;
+prmt.b32 b, $9, $11, s0;
+lop3.b32 h0, k0, b, a, 0xCA;
+prmt.b32 a, $13, $15, s0;
+prmt.b32 b, $17, $19, s0;
+lop3.b32 l0, k0, b, a, 0xCA;
+prmt.b32 a, $5, $7, s1;
+prmt.b32 b, $9, $11, s1;
+lop3.b32 h1, k1, b, a, 0xCA;
+prmt.b32 a, $13, $15, s1;
+prmt.b32 b, $17, $19, s1;
+lop3.b32 l1, k1, b, a, 0xCA;
+prmt.b32 $0, l0, h0, 0x7351;
+prmt.b32 $1, l0, h0, 0x6240;
+prmt.b32 $2, l1, h1, 0x7351;
+prmt.b32 $3, l1, h1, 0x6240;
+}""")
+_NF4_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 16)
 
 
 @triton.jit
-def _widen_nf4(packed, values, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Two NF4 values a byte to 16 bit: those of even inputs (high half), those of odd ones; without their scale."""
+def _widen_nf4(packed, table, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Two neighbouring int16 hold weights 0 to 7 of a row; to 16 bit, without their scale: 0 and 2, 1 and 3, 4 and 6, 5
+    and 7. Each result pair lies where the two int16 lie: neighbours share a register in every layout that loads of 32
+    bits or more and the operands of `tl.dot` have.
+    """
     if not ASM:
-        return tl.load(values + (packed >> 4)).to(DTYPE), tl.load(values + (packed & 15)).to(DTYPE)
+        first, second = tl.split(tl.reshape(packed, [packed.shape[0], packed.shape[1] // 2, 2]))
+        SHAPE: tl.constexpr = packed.shape
+        return (
+            tl.reshape(tl.join(_nf4_value(first, table, 4), _nf4_value(first, table, 12)), SHAPE).to(DTYPE),
+            tl.reshape(tl.join(_nf4_value(first, table, 0), _nf4_value(first, table, 8)), SHAPE).to(DTYPE),
+            tl.reshape(tl.join(_nf4_value(second, table, 4), _nf4_value(second, table, 12)), SHAPE).to(DTYPE),
+            tl.reshape(tl.join(_nf4_value(second, table, 0), _nf4_value(second, table, 8)), SHAPE).to(DTYPE),
+        )
     elif DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _NF4_FP16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+            _NF4_LOOKUP, _NF4_CONSTRAINTS, [packed, t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _NF4_BF16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
+            _NF4_LOOKUP, _NF4_CONSTRAINTS, [packed, t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _nf4_value(packed, table, shift: tl.constexpr):
+    """What the interpreter does instead of the lookup: the 16-bit patterns come from the table's bytes."""
+    index = (packed.to(tl.int32) >> shift) & 15
+    high = (tl.load(table + index // 4) >> (index % 4 * 8)) & 255
+    low = (tl.load(table + 4 + index // 4) >> (index % 4 * 8)) & 255
+    return (high * 256 + low).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -243,33 +272,43 @@ def _prefetch(pointers, num_bytes):
 
 @triton.jit
 def _add_product(
-    accumulator, x, w, scale, cols, rows, k_start, num_rows, values,
+    accumulator, x, w, scale, cols, rows, k_start, num_rows, values, table,
     N: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-    KIND: tl.constexpr, EVEN_N: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr, EVEN_N: tl.constexpr, SCALE_STRIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """accumulator `[BN, BM]` plus a block of weights times a block of inputs."""
     DTYPE: tl.constexpr = x.dtype.element_ty
+    is_row = rows[None, :] < num_rows
     if KIND == KIND_NF4:
-        GROUPS: tl.constexpr = BK // _BLOCK
-        for group in tl.static_range(GROUPS):
-            start = k_start + group * _BLOCK
-            byte = start // 2 + tl.arange(0, _BLOCK // 2)
-            w_at = w + cols[:, None] * KB + byte[None, :]
-            scale_at = scale + cols * (K // _BLOCK) + start // _BLOCK
+        t0, t1, t2, t3, t4, t5, t6, t7 = table
+        word = k_start // 4 + tl.arange(0, BK // 4)
+        w_at = w + cols[:, None] * KB + word[None, :]
+        block_of_word = tl.arange(0, BK // 4)[None, :] // (_BLOCK // 4)
+        factor = tl.zeros([BN, BK // 4], dtype=DTYPE)
+        for pair in tl.static_range(BK // (2 * _BLOCK)):
+            scale_at = scale + (k_start // (2 * _BLOCK) + pair) * SCALE_STRIDE + cols
             if EVEN_N:
-                packed = tl.load(w_at)
-                block_scale = tl.load(scale_at)
+                scales = tl.load(scale_at)
             else:
-                packed = tl.load(w_at, mask=cols[:, None] < N, other=0)
-                block_scale = tl.load(scale_at, mask=cols < N, other=0.0)
-            x_at = x + rows[None, :] * K + byte[:, None]
-            even = tl.load(x_at, mask=rows[None, :] < num_rows, other=0.0)
-            odd = tl.load(x_at + K // 2, mask=rows[None, :] < num_rows, other=0.0)
-            high, low = _widen_nf4(packed, values, DTYPE, ASM)
-            product = tl.dot(high, even)
-            product = tl.dot(low, odd, product)
-            accumulator += product * block_scale[:, None]
-        return accumulator
+                scales = tl.load(scale_at, mask=cols < N, other=0)
+            even_scale = scales.to(tl.int16).to(DTYPE, bitcast=True)
+            odd_scale = (scales >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+            factor = tl.where(block_of_word == 2 * pair, even_scale[:, None], factor)
+            factor = tl.where(block_of_word == 2 * pair + 1, odd_scale[:, None], factor)
+        if EVEN_N:
+            packed = tl.load(w_at)
+        else:
+            packed = tl.load(w_at, mask=cols[:, None] < N, other=0)
+        x_at = x + rows[None, :] * K + word[:, None]
+        x0 = tl.load(x_at, mask=is_row, other=0.0)
+        x1 = tl.load(x_at + K // 4, mask=is_row, other=0.0)
+        x2 = tl.load(x_at + K // 2, mask=is_row, other=0.0)
+        x3 = tl.load(x_at + K // 4 * 3, mask=is_row, other=0.0)
+        w0, w1, w2, w3 = _widen_nf4(packed, values, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, ASM)
+        accumulator = tl.dot(w0 * factor, x0, accumulator)
+        accumulator = tl.dot(w1 * factor, x1, accumulator)
+        accumulator = tl.dot(w2 * factor, x2, accumulator)
+        return tl.dot(w3 * factor, x3, accumulator)
     elif KIND == KIND_INT8:
         word = k_start // 4 + tl.arange(0, BK // 4)
         w_at = w + cols[:, None] * KB + word[None, :]
@@ -278,7 +317,6 @@ def _add_product(
         else:
             words = tl.load(w_at, mask=cols[:, None] < N, other=0)
         x_at = x + rows[None, :] * K + word[:, None]
-        is_row = rows[None, :] < num_rows
         x0 = tl.load(x_at, mask=is_row, other=0.0)
         x1 = tl.load(x_at + K // 4, mask=is_row, other=0.0)
         x2 = tl.load(x_at + K // 2, mask=is_row, other=0.0)
@@ -295,20 +333,23 @@ def _add_product(
             weights = tl.load(w_at)
         else:
             weights = tl.load(w_at, mask=cols[:, None] < N, other=0)
-        inputs = tl.load(x + rows[None, :] * K + k[:, None], mask=rows[None, :] < num_rows, other=0.0)
+        inputs = tl.load(x + rows[None, :] * K + k[:, None], mask=is_row, other=0.0)
         return tl.dot(weights, inputs, accumulator)
 
 
 @triton.jit
 def _finished(
-    accumulator, scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
-    N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    accumulator, scale, row_scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
+    N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr, LORA_PARTS: tl.constexpr, LORA_SPLITS: tl.constexpr,
     LORA_END_0: tl.constexpr, LORA_END_1: tl.constexpr,
 ):  # fmt: skip
     """Row scales, then in the first split bias and LoRA."""
     if KIND == KIND_INT8:
         accumulator *= tl.load(scale + cols, mask=cols < N, other=0.0)[:, None] * (1.0 / 127.0)
+    if KIND == KIND_NF4:
+        accumulator *= tl.load(row_scale + cols, mask=cols < N, other=0.0)[:, None]
     if HAS_BIAS and split == 0:
         accumulator += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
     if RANK > 0 and split == 0:
@@ -327,25 +368,26 @@ def _finished(
 
 @triton.jit(do_not_specialize=["num_rows", "prefetch_bytes"])
 def linear_kernel(
-    x, w, scale, bias, lora_t, lora_b, values, out, num_rows, prefetch_bytes,
+    x, w, scale, row_scale, bias, lora_t, lora_b, values, out, num_rows, prefetch_bytes,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     KIND: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LORA_PARTS: tl.constexpr,
-    LORA_SPLITS: tl.constexpr, LORA_END_0: tl.constexpr, LORA_END_1: tl.constexpr, INTERLEAVE: tl.constexpr,
+    LORA_SPLITS: tl.constexpr, LORA_END_0: tl.constexpr, LORA_END_1: tl.constexpr, ORDER: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One linear layer for up to BM rows.
 
-    x: 16 bit `[num_rows, K]`, in the order of `interleave_of(KIND)`.
-    w: 16 bit `[N, K]`, int8 as int32 `[N, K // 4]`, or NF4 as uint8 `[N, K // 2]`.
-    scale: fp32 `[N]` for int8, `[N, K // 64]` for NF4.
+    x: 16 bit `[num_rows, K]`, in the order of `places_of(KIND, K)`.
+    w: 16 bit `[N, K]`, int8 as int32 `[N, K // 4]`, or NF4 as int16 `[N, K // 4]`.
+    scale: fp32 `[N]` for int8. For NF4 two 16-bit scales an int32, `[K // 128, N]`, as shares of the row's largest.
+    row_scale: fp32 `[N]`, a row's largest scale for NF4.
     out: fp32 `[num_splits, num_rows, N]`, num_splits programs along axis 1; the sum over splits is the layer's output.
     With SILU the rows of w are gates, then ups, and out is silu(gate) * up, 16 bit `[num_rows, N // 2]`, in the order
-    of INTERLEAVE.
+    of ORDER.
     lora_t: fp32 `[LORA_SPLITS, num_rows, LORA_PARTS, RANK]`; lora_b: `[N, RANK]`.
     """
     NUM_COLS: tl.constexpr = N // 2 if SILU else N
     EVEN_N: tl.constexpr = NUM_COLS % BN == 0
-    KB: tl.constexpr = K // 2 if KIND == KIND_NF4 else (K // 4 if KIND == KIND_INT8 else K)
+    KB: tl.constexpr = K if KIND == KIND_16BIT else K // 4
     tile = tl.program_id(0)
     split = tl.program_id(1)
     num_inputs = K // tl.num_programs(1)
@@ -362,85 +404,45 @@ def linear_kernel(
         gdc_launch_dependents()
         gdc_wait()
     accumulator = tl.zeros([BN, BM], dtype=tl.float32)
+    table = (0, 0, 0, 0, 0, 0, 0, 0)
+    if KIND == KIND_NF4:
+        # one copy a row, so that the compiler keeps the table in registers of each thread instead of shared ones
+        at = values + (cols // N)[:, None]
+        table = (
+            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+            tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
+        )  # fmt: skip
     if SILU:
         ups = tl.zeros([BN, BM], dtype=tl.float32)
-        up_scale = scale + (N // 2) * (K // _BLOCK)
+        up_scale = scale + N // 2
         for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
             accumulator = _add_product(
-                accumulator,
-                x,
-                w,
-                scale,
-                cols,
-                rows,
-                k,
-                num_rows,
-                values,
-                NUM_COLS,
-                K,
-                KB,
-                BN,
-                BK,
-                BM,
-                KIND,
-                EVEN_N,
-                ASM,
-            )
+                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table,
+                NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
+            )  # fmt: skip
             ups = _add_product(
-                ups,
-                x,
-                w_up,
-                up_scale,
-                cols,
-                rows,
-                first + k,
-                num_rows,
-                values,
-                NUM_COLS,
-                K,
-                KB,
-                BN,
-                BK,
-                BM,
-                KIND,
-                EVEN_N,
-                ASM,
-            )
+                ups, x, w_up, up_scale, cols, rows, first + k, num_rows, values, table,
+                NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
+            )  # fmt: skip
         accumulator = _finished(
-            accumulator, scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
+            accumulator, scale, row_scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
             N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
         )  # fmt: skip
         ups = _finished(
-            ups, scale, bias, lora_t, lora_b, cols + N // 2, rows, num_rows, split,
+            ups, scale, row_scale, bias, lora_t, lora_b, cols + N // 2, rows, num_rows, split,
             N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
         )  # fmt: skip
         accumulator = accumulator / (1.0 + tl.exp(-accumulator)) * ups
-        place = (cols % INTERLEAVE) * (NUM_COLS // INTERLEAVE) + cols // INTERLEAVE
+        place = _place(cols, NUM_COLS, ORDER)
         at = out + rows[None, :] * NUM_COLS + place[:, None]
     else:
         for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
             accumulator = _add_product(
-                accumulator,
-                x,
-                w,
-                scale,
-                cols,
-                rows,
-                first + k,
-                num_rows,
-                values,
-                N,
-                K,
-                KB,
-                BN,
-                BK,
-                BM,
-                KIND,
-                EVEN_N,
-                ASM,
-            )
+                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table,
+                N, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
+            )  # fmt: skip
         accumulator = _finished(
-            accumulator, scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
+            accumulator, scale, row_scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
             N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
         )  # fmt: skip
         at = out + (split * num_rows + rows[None, :]).to(tl.int64) * N + cols[:, None]
@@ -454,13 +456,13 @@ def linear_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     residual, added, embeddings, token_ids, weight, out, num_rows, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EMBED: tl.constexpr, INTERLEAVE: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EMBED: tl.constexpr, ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """RMSNorm of each row after the residual took what a layer adds.
 
     residual: fp32 `[num_rows, H]`, updated. added: `[SPLITS, num_rows, H]`. With EMBED the residual starts from the
-    token's embedding instead. out: 16 bit or fp32 `[num_rows, H]`, in the order of INTERLEAVE.
+    token's embedding instead. out: 16 bit or fp32 `[num_rows, H]`, in the order of ORDER.
     """
     row = tl.program_id(0)
     h = tl.arange(0, BLOCK)
@@ -479,7 +481,7 @@ def norm_kernel(
     if EMBED or SPLITS > 0:
         tl.store(residual + row * H + h, value, mask=inside)
     normed = value * tl.rsqrt(tl.sum(value * value) / H + eps) * gain
-    place = (h % INTERLEAVE) * (H // INTERLEAVE) + h // INTERLEAVE
+    place = _place(h, H, ORDER)
     tl.store(out + row * H + place, normed.to(out.dtype.element_ty), mask=inside)
 
 
@@ -516,13 +518,16 @@ def rope_kernel(
     head = tl.program_id(1)
     WIDTH: tl.constexpr = (NH + 2 * NKV) * HD
     d = tl.arange(0, HD)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     at = qkv + row * WIDTH + head * HD
     stride = num_rows * WIDTH
     position = tl.load(positions + row)
     slot = tl.load(slots + row)
+    c = tl.load(cos + position * (HD // 2) + d % (HD // 2))
+    s = tl.load(sin + position * (HD // 2) + d % (HD // 2))
+    s = tl.where(d < HD // 2, -s, s)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     kv_head = head - NH
     if head >= NH + NKV:
         kv_head -= NKV
@@ -533,9 +538,6 @@ def rope_kernel(
             value += tl.load(at + split * stride + d).to(tl.float32)
         tl.store(kv_at + v_offset, value.to(kv.dtype.element_ty))
     else:
-        c = tl.load(cos + position * (HD // 2) + d % (HD // 2))
-        s = tl.load(sin + position * (HD // 2) + d % (HD // 2))
-        s = tl.where(d < HD // 2, -s, s)
         if head < NH:
             value, other = _head(at, q_gain, eps, stride, HD, SPLITS, HAS_NORM)
             tl.store(q_out + (row * NH + head) * HD + d, (value * c + other * s).to(q_out.dtype.element_ty))
@@ -577,6 +579,7 @@ def _attend(
         page = tl.load(table + key // PAGE, mask=key < last_key, other=0).to(tl.int64)
         at = (page * NKV + kv_head) * (PAGE * HD) + (key % PAGE) * HD
         keys = tl.load(kv + at[None, :] + d[:, None], mask=key[None, :] < last_key, other=0.0)
+        values = tl.load(kv + v_offset + at[:, None] + d[None, :], mask=key[:, None] < last_key, other=0.0)
         scores = tl.dot(q, keys) * factor
         scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -584,10 +587,28 @@ def _attend(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(kv + v_offset + at[:, None] + d[None, :], mask=key[:, None] < last_key, other=0.0)
         accumulator = tl.dot(weights.to(q.dtype), values, accumulator * shrink[:, None])
         largest = new_largest
     return accumulator, largest, total
+
+
+@triton.jit
+def _segment_of(
+    step, item, num_segments, table_width,
+    NKV: tl.constexpr,
+):  # fmt: skip
+    """What one item of a step's attention is: its query block's rows, its page table, its key head and its keys."""
+    kv_head = item % NKV
+    segment = (item // NKV) % num_segments
+    block = item // (NKV * num_segments)
+    first = tl.load(step + _BLOCK_FIRST + block)
+    num_tokens = tl.load(step + _BLOCK_ROWS + block)
+    position = tl.load(step + _BLOCK_POSITION + block)
+    table = step + _PAGE_TABLE + tl.load(step + _BLOCK_LINE + block) * table_width
+    is_near = segment < _NUM_NEAR
+    start = tl.where(is_near, segment * _NEAR, _FAR_FROM + (segment - _NUM_NEAR) * _FAR)
+    end = tl.minimum(start + tl.where(is_near, _NEAR, _FAR), position + num_tokens)
+    return first, num_tokens, position, table, kv_head, segment, start, end
 
 
 @triton.jit
@@ -606,25 +627,31 @@ def decode_attention_kernel(
     """
     G: tl.constexpr = NH // NKV
     R: tl.constexpr = _QUERY_TOKENS * GP
+    num_segments = tl.load(step + 1)
+    num_items = tl.load(step) * num_segments * NKV
     if PDL:
         gdc_launch_dependents()
+        if (
+            tl.program_id(0) < num_items
+        ):  # ask for the first item's keys and values, of which only the last are not there
+            first, num_tokens, position, table, kv_head, segment, start, end = _segment_of(
+                step, tl.program_id(0), num_segments, table_width, NKV
+            )
+            if start < end:
+                near_page = start // PAGE + tl.arange(0, _NEAR // PAGE)
+                page = tl.load(table + tl.minimum(near_page, (end - 1) // PAGE)).to(tl.int64)
+                at = kv + (page * NKV + kv_head) * (PAGE * HD)
+                num_bytes = tl.zeros([_NEAR // PAGE], tl.int32) + PAGE * HD * 2
+                _prefetch(at, num_bytes)
+                _prefetch(at + v_offset, num_bytes)
         gdc_wait()
-    num_blocks = tl.load(step)
-    num_segments = tl.load(step + 1)
     r = tl.arange(0, R)
     token = r // GP
     d = tl.arange(0, HD)
-    for item in range(tl.program_id(0), num_blocks * num_segments * NKV, tl.num_programs(0)):
-        kv_head = item % NKV
-        segment = (item // NKV) % num_segments
-        block = item // (NKV * num_segments)
-        first = tl.load(step + _BLOCK_FIRST + block)
-        num_tokens = tl.load(step + _BLOCK_ROWS + block)
-        position = tl.load(step + _BLOCK_POSITION + block)
-        table = step + _PAGE_TABLE + tl.load(step + _BLOCK_LINE + block) * table_width
-        is_near = segment < _NUM_NEAR
-        start = tl.where(is_near, segment * _NEAR, _FAR_FROM + (segment - _NUM_NEAR) * _FAR)
-        end = tl.minimum(start + tl.where(is_near, _NEAR, _FAR), position + num_tokens)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        first, num_tokens, position, table, kv_head, segment, start, end = _segment_of(
+            step, item, num_segments, table_width, NKV
+        )
         if start < end:
             head = kv_head * G + r % GP
             is_query = (token < num_tokens) & (r % GP < G)
@@ -642,16 +669,16 @@ def decode_attention_kernel(
 @triton.jit
 def combine_kernel(
     parts, sums, positions, out, max_segments,
-    NH: tl.constexpr, HD: tl.constexpr, CHUNK: tl.constexpr, INTERLEAVE: tl.constexpr, PDL: tl.constexpr,
+    NH: tl.constexpr, HD: tl.constexpr, CHUNK: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Per row and head: the segments' parts together. out: 16 bit `[num_rows, NH * HD]`, in the order of INTERLEAVE."""
+    """Per row and head: the segments' parts together. out: 16 bit `[num_rows, NH * HD]`, in the order of ORDER."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, HD)
+    length = tl.load(positions + row) + 1
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    length = tl.load(positions + row) + 1
     near = (tl.minimum(length, _FAR_FROM) + _NEAR - 1) // _NEAR
     num_segments = near + (tl.maximum(length - _FAR_FROM, 0) + _FAR - 1) // _FAR
     first = (row * NH + head) * max_segments
@@ -670,8 +697,7 @@ def combine_kernel(
         total = total * shrink + tl.sum(factors * weights, 0)
         value = value * shrink + tl.sum(part * factors[:, None], 0)
         largest = new_largest
-    place = head * HD + d
-    place = (place % INTERLEAVE) * (NH * HD // INTERLEAVE) + place // INTERLEAVE
+    place = _place(head * HD + d, NH * HD, ORDER)
     tl.store(out + row * (NH * HD) + place, (value / total).to(out.dtype.element_ty))
 
 

@@ -36,6 +36,10 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _KIND_NAMES: dict[int, Kind] = {PLAIN: "plain", INT8: "int8", NF4: "nf4"}
 _LORA_SPLITS = 4
+_NORM_WARPS = 32
+_ATTENTION_WARPS = 8
+_COMBINE_WARPS = 1
+_COMBINE_SEGMENTS = 16
 _NUM_STAGING = 4
 
 
@@ -99,7 +103,7 @@ class CudaRunner:
         self._dtype = model.get_input_embeddings().weight.dtype
         self._embeddings = model.get_input_embeddings().weight.data
         self._final_norm = model.model.norm.weight.data
-        self._head = fuse("head", [model.get_output_embeddings()])
+        self._head = fuse("head", [model.get_output_embeddings()], self._dtype)
         num_pages = -(-num_kv_tokens // page_tokens)
         layers = list(model.model.layers)
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
@@ -145,6 +149,8 @@ class CudaRunner:
             "down": new(8 * rows * self._hidden_size, dtype=fp32),
         }
         self._values = torch.tensor(kernels.NF4_VALUES, dtype=fp32, device=self.device)
+        patterns = self._values.to(self._dtype).view(torch.int16).tolist()
+        self._table = torch.tensor(kernels.nf4_table(patterns), dtype=torch.int32, device=self.device)
         widest = max(
             linear.num_outputs * linear.num_inputs // (2 if linear.name == "gate_up" else 1)
             for linear in self._layers[0].linears
@@ -312,20 +318,18 @@ class CudaRunner:
         splits = 0
         for index, layer in enumerate(self._layers):
             lora = self._lora[index] if self._lora_is_on else (None,) * 4
-            self._norm(width, layer.input_norm, added, splits, self._normed, kernels.interleave_of(layer.qkv.kind))
+            self._norm(width, layer.input_norm, added, splits, self._normed, layer.qkv.kind)
             splits = self._linear(layer.qkv, self._normed, self._sums_of["qkv"], width, lora[0])
             self._rope(
                 layer, self._sums_of["qkv"], splits, self._q, positions, step[kernels.SLOTS :], width, self._can_pdl
             )
             self._attend_narrow(layer, positions, width)
             splits = self._linear(layer.o, self._attended, self._sums_of["o"], width, lora[1])
-            order = kernels.interleave_of(layer.gate_up.kind)
-            self._norm(width, layer.post_norm, self._sums_of["o"], splits, self._normed, order)
-            order = kernels.interleave_of(layer.down.kind)
-            self._linear(layer.gate_up, self._normed, self._inner, width, lora[2], order)
+            self._norm(width, layer.post_norm, self._sums_of["o"], splits, self._normed, layer.gate_up.kind)
+            self._linear(layer.gate_up, self._normed, self._inner, width, lora[2], layer.down.kind)
             splits = self._linear(layer.down, self._inner, self._sums_of["down"], width, lora[3])
             added = self._sums_of["down"]
-        self._norm(width, self._final_norm, added, splits, self._final, 1)
+        self._norm(width, self._final_norm, added, splits, self._final, PLAIN)
         if with_head:
             self._linear(self._head, self._final, self._logits, width, None)
 
@@ -337,11 +341,17 @@ class CudaRunner:
             self._residual, added if added is not None else self._residual, self._embeddings,
             self._step[kernels.TOKEN_IDS :], gain, out, width, self._eps,
             H=self._hidden_size, BLOCK=_power_of_2(self._hidden_size), SPLITS=splits, EMBED=added is None,
-            INTERLEAVE=order, PDL=self._can_pdl, num_warps=8, launch_pdl=self._can_pdl,
+            ORDER=order, PDL=self._can_pdl, num_warps=_NORM_WARPS, launch_pdl=self._can_pdl,
         )  # fmt: skip
 
     def _linear(
-        self, linear: FusedLinear, x: torch.Tensor, out: torch.Tensor, width: int, lora: _Lora | None, order: int = 1
+        self,
+        linear: FusedLinear,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        width: int,
+        lora: _Lora | None,
+        order: int = PLAIN,
     ) -> int:
         """Launch one layer of a narrow step; returns in how many splits its output lies."""
         block_rows = max(16, width)
@@ -354,23 +364,25 @@ class CudaRunner:
 
     def _launch(
         self, linear: FusedLinear, x: torch.Tensor, out: torch.Tensor, width: int, tiles: Tiles,
-        lora: _Lora | None = None, order: int = 1,
+        lora: _Lora | None = None, order: int = PLAIN,
     ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
         """Grid, arguments and options of the kernel for one layer."""
         silu = linear.name == "gate_up"
         ends = [sum(linear.sizes[: index + 1]) for index in range(len(linear.sizes))]
         num_cols = linear.num_outputs // 2 if silu else linear.num_outputs
         arguments = (
-            x, linear.words, linear.scale if linear.scale is not None else self._values,
+            x, linear.words, next(one for one in (linear.packed_scale, linear.scale, self._values) if one is not None),
+            linear.row_scale if linear.row_scale is not None else self._values,
             linear.bias if linear.bias is not None else x, self._lora_t if lora is not None else self._values,
-            lora.b if lora is not None else x, self._values, out, width, tiles.prefetch,
+            lora.b if lora is not None else x, self._table, out, width, tiles.prefetch,
         )  # fmt: skip
         options = dict(
             N=linear.num_outputs, K=linear.num_inputs, BN=tiles.cols, BK=tiles.inputs, BM=max(16, width),
             KIND=linear.kind, SILU=silu, HAS_BIAS=linear.bias is not None,
             RANK=self._lora_rank if lora is not None else 0, LORA_PARTS=len(linear.sizes),
             LORA_SPLITS=_lora_splits(linear), LORA_END_0=ends[0], LORA_END_1=ends[min(1, len(ends) - 1)],
-            INTERLEAVE=order, STAGES=tiles.num_stages, PDL=self._can_pdl, ASM=kernels.USE_ASM,
+            ORDER=order, STAGES=tiles.num_stages,
+            PDL=self._can_pdl, ASM=kernels.USE_ASM,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=self._can_pdl,
         )  # fmt: skip
         return (-(-num_cols // tiles.cols), tiles.splits), arguments, options
@@ -380,7 +392,7 @@ class CudaRunner:
         weight = lora.a_in_order
         block = next(size for size in (128, 64, 32) if linear.num_inputs % (size * _lora_splits(linear)) == 0)
         tiles = Tiles(cols=16, inputs=block, splits=_lora_splits(linear), num_warps=2)
-        factor = FusedLinear("lora", PLAIN, weight, None, None, (len(weight),), linear.num_inputs)
+        factor = FusedLinear("lora", PLAIN, weight, None, None, None, None, (len(weight),), linear.num_inputs)
         grid, arguments, options = self._launch(factor, x, self._lora_t, width, tiles)
         kernels.linear_kernel[grid](*arguments, **options)
 
@@ -401,11 +413,11 @@ class CudaRunner:
             self._q, layer.kv, self._step, self._parts, self._sums, layer.kv[0].numel(), self._softmax_factor,
             self._table_width, self._max_segments, NH=self._num_heads, NKV=self._num_kv_heads, GP=group,
             HD=self._head_dim, PAGE=self._page_tokens, PDL=self._can_pdl,
-            num_warps=4 if group * kernels.QUERY_TOKENS < 256 else 8, num_stages=1, launch_pdl=self._can_pdl,
+            num_warps=_ATTENTION_WARPS, num_stages=1, launch_pdl=self._can_pdl,
         )  # fmt: skip
         kernels.combine_kernel[(width, self._num_heads)](
             self._parts, self._sums, positions, self._attended, self._max_segments, NH=self._num_heads,
-            HD=self._head_dim, CHUNK=16, INTERLEAVE=kernels.interleave_of(layer.o.kind), PDL=self._can_pdl, num_warps=2,
+            HD=self._head_dim, CHUNK=_COMBINE_SEGMENTS, ORDER=layer.o.kind, PDL=self._can_pdl, num_warps=_COMBINE_WARPS,
             launch_pdl=self._can_pdl,
         )  # fmt: skip
 
@@ -423,8 +435,9 @@ class CudaRunner:
         key = (linear.name, block_rows)
         if key not in self._tiles:
             self._tiles[key] = self._tuning.get(self._tuning_key(linear, block_rows)) or default_tiles(
-                linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=linear.name == "gate_up"
-            )
+                linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=linear.name == "gate_up",
+                can_split=linear.name in self._sums_of, block_rows=block_rows,
+            )  # fmt: skip
         return self._tiles[key]
 
     def _tuning_key(self, linear: FusedLinear, block_rows: int) -> str:
@@ -486,8 +499,9 @@ class CudaRunner:
         linear = linears[0]
         silu = linear.name == "gate_up"
         tried = candidates(
-            linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=silu, block_rows=rows
-        )
+            linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=silu,
+            can_split=linear.name in self._sums_of, block_rows=rows,
+        )  # fmt: skip
         x = torch.randn(rows, linear.num_inputs, dtype=self._dtype, device=self.device)
         out = {"gate_up": self._inner, "head": self._logits}.get(linear.name)
         out = self._sums_of[linear.name] if out is None else out
@@ -561,7 +575,9 @@ class CudaRunner:
             runs[linear.name] = run, _num_bytes(linear)
         splits = self._tiles_of(first.o, max(16, rows)).splits
         runs["norm"] = (
-            lambda layer: self._norm(rows, layer.post_norm, self._sums_of["o"], splits, self._normed, 4),
+            lambda layer: self._norm(
+                rows, layer.post_norm, self._sums_of["o"], splits, self._normed, layer.gate_up.kind
+            ),
             self._hidden_size * 4 * (1 + splits) * rows,
         )
         qkv_splits = self._tiles_of(first.qkv, max(16, rows)).splits
@@ -682,7 +698,7 @@ class CudaRunner:
         kernels.norm_kernel[(len(residual),)](
             residual, added if added is not None else residual, self._embeddings, token_ids, gain, out, len(residual),
             self._eps, H=self._hidden_size, BLOCK=_power_of_2(self._hidden_size), SPLITS=int(added is not None),
-            EMBED=added is None, INTERLEAVE=1, PDL=False, num_warps=8,
+            EMBED=added is None, ORDER=PLAIN, PDL=False, num_warps=8,
         )  # fmt: skip
 
     def _attend_wide(
@@ -807,7 +823,7 @@ def _groups(layer: nn.Module) -> Iterator[list[nn.Module]]:
 
 def _read_layer(layer: Any, kv: torch.Tensor) -> _Layer:
     names = ("qkv", "o", "gate_up", "down")
-    linears = [fuse(name, modules) for name, modules in zip(names, _groups(layer), strict=True)]
+    linears = [fuse(name, modules, kv.dtype) for name, modules in zip(names, _groups(layer), strict=True)]
     norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
     gains = [None if norm is None else norm.weight.data for norm in norms]
     return _Layer(*linears, layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data, *gains, kv)
@@ -832,8 +848,8 @@ def _fill_lora(linear: FusedLinear, lora: _Lora, pairs: Sequence[Any], rank: int
             lora.b[start : start + size, :own] = (pair.b.float() * pair.scaling).to(lora.b)
         start += size
     if lora.a_in_order is not lora.a:
-        order = kernels.interleave_of(linear.kind)
-        lora.a_in_order.copy_(lora.a.unflatten(1, (-1, order)).transpose(1, 2).flatten(1))
+        places = kernels.places_of(linear.kind, linear.num_inputs)
+        lora.a_in_order[:, torch.tensor(places, device=lora.a.device)] = lora.a
 
 
 def _lora_splits(linear: FusedLinear) -> int:
@@ -841,7 +857,8 @@ def _lora_splits(linear: FusedLinear) -> int:
 
 
 def _num_bytes(linear: FusedLinear) -> int:
-    return linear.weight.nbytes + (0 if linear.scale is None else linear.scale.nbytes)
+    scale = linear.packed_scale if linear.packed_scale is not None else linear.scale
+    return linear.weight.nbytes + (0 if scale is None else scale.nbytes)
 
 
 def _head_dim(config: Any) -> int:

@@ -36,6 +36,9 @@ class FusedLinear:
         kind: PLAIN, INT8 or NF4.
         weight: 16 bit or int8 `[num_outputs, num_inputs]`, or uint8 `[num_outputs, num_inputs // 2]`.
         scale: fp32 `[num_outputs]` for INT8, `[num_outputs, num_inputs // 64]` for NF4, else None.
+        row_scale: For NF4 the largest scale of each row, fp32 `[num_outputs]`, else None.
+        packed_scale: For NF4 the scales as shares of the row's largest, in 16 bit, two an int32, as narrow steps read
+            them: `[num_inputs // 128, num_outputs]`; else None.
         bias: 16 bit `[num_outputs]`, or None.
         sizes: Outputs of each layer in it.
         num_inputs: Length of an input row.
@@ -45,14 +48,18 @@ class FusedLinear:
     kind: int
     weight: torch.Tensor
     scale: torch.Tensor | None
+    row_scale: torch.Tensor | None
+    packed_scale: torch.Tensor | None
     bias: torch.Tensor | None
     sizes: tuple[int, ...]
     num_inputs: int
 
     @property
     def words(self) -> torch.Tensor:
-        """The weights in the units that the kernels load: int8 four at a time."""
-        return self.weight.view(torch.int32) if self.kind == INT8 else self.weight
+        """The weights in the units that the kernels load: four at a time, but for 16 bit."""
+        if self.kind == PLAIN:
+            return self.weight
+        return self.weight.view(torch.int32 if self.kind == INT8 else torch.int16)
 
     @property
     def num_outputs(self) -> int:
@@ -82,18 +89,19 @@ def kind_of(module: nn.Module) -> int | None:
             and state.quant_type == "nf4"
             and state.blocksize == kernels.NF4_BLOCK
             and weight.data.dtype == torch.uint8
-            and state.shape[1] % kernels.NF4_BLOCK == 0
+            and state.shape[1] % (2 * kernels.NF4_BLOCK) == 0
         )
         return NF4 if is_ours else None
     return PLAIN if type(module) is nn.Linear and weight.dtype in _DTYPES else None
 
 
-def fuse(name: str, modules: Sequence[nn.Module]) -> FusedLinear:
+def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype) -> FusedLinear:
     """Put layers of the same input behind one another; their parameters become views of the result.
 
     Args:
         name: What it is tuned as.
         modules: Layers of one kind and one input length.
+        dtype: Of activations.
 
     Returns:
         The fused layer.
@@ -116,7 +124,12 @@ def fuse(name: str, modules: Sequence[nn.Module]) -> FusedLinear:
         bias = torch.cat(
             [one.data if one is not None else like.new_zeros(size) for one, size in zip(biases, sizes, strict=True)]
         )
-    return FusedLinear(name, kind, weight, scale, bias, sizes, num_inputs)
+    row_scale = packed_scale = None
+    if kind == NF4 and scale is not None:
+        row_scale = scale.amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        shares = (scale / row_scale[:, None]).to(dtype)
+        packed_scale = shares.view(torch.int32).T.contiguous()
+    return FusedLinear(name, kind, weight, scale, row_scale, packed_scale, bias, sizes, num_inputs)
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
