@@ -1,0 +1,149 @@
+"""Tile sizes of the linear kernels: measured ones where there are some, else by rule. Kept on disk, so that a later
+start measures nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["plain", "int8", "nf4"]
+
+_VERSION = 2
+_MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 128}
+_SHARED_BYTES = 98_000  # of two programs on one multiprocessor of Hopper, or one of Ada
+_BITS: dict[Kind, int] = {"plain": 16, "int8": 8, "nf4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one linear kernel is cut up.
+
+    Args:
+        cols: Rows of weights that a program reads; where gates and ups are fused, half of them are gates.
+        inputs: Inputs of one step of its loop.
+        splits: Programs that share a column's inputs.
+        num_warps: Warps of a program.
+        num_stages: Steps of the loop whose loads are under way together.
+        prefetch: Bytes of each weight row asked for before the inputs are there.
+    """
+
+    cols: int
+    inputs: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 4
+    prefetch: int = 0
+
+
+def default_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: bool, block_rows: int) -> Tiles:
+    """Tiles by rule: about 200 programs where a layer is large enough, and loads of 60 to 100 kB under way in each.
+
+    Args:
+        num_outputs: Rows of the weights.
+        num_inputs: Their length.
+        kind: How they are held.
+        can_split: Whether the next kernel adds splits.
+        block_rows: Height of the step.
+
+    Returns:
+        Tiles that divide the layer evenly and fit into 98 kB of shared memory.
+    """
+    fitting = [
+        (cols, inputs, num_stages)
+        for cols, inputs, num_stages in itertools.product((64, 32), (256, 128, 64, 32, 16), (6, 4, 3, 2))
+        if inputs in _input_blocks(num_inputs, kind)
+        and inputs <= _MOST_INPUTS[kind]
+        and _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows) <= _SHARED_BYTES
+    ]
+    cols, inputs, num_stages = fitting[0] if fitting else (32, _input_blocks(num_inputs, kind)[-1], 2)
+    splits = 1
+    while can_split and num_outputs // cols * splits < 150 and splits < 8 and num_inputs % (inputs * splits * 2) == 0:
+        splits *= 2
+    prefetch = _prefetch_bytes(num_inputs // splits, kind, 512)
+    return Tiles(cols, inputs, splits, num_stages=num_stages, prefetch=prefetch)
+
+
+def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: bool, block_rows: int) -> list[Tiles]:
+    """Tiles worth measuring.
+
+    Args:
+        num_outputs: Rows of the weights.
+        num_inputs: Their length.
+        kind: How they are held.
+        can_split: Whether the next kernel adds splits.
+        block_rows: Height of the step.
+
+    Returns:
+        Tiles that divide the layer evenly and fit into a multiprocessor.
+    """
+    found: list[Tiles] = []
+    for cols, inputs, num_stages, num_warps, splits, prefetch in itertools.product(
+        (32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8), (1, 2, 4, 8), (0, 512, 2048)
+    ):
+        num_programs = -(-num_outputs // cols) * splits
+        num_bytes = _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows)
+        if (
+            inputs not in _input_blocks(num_inputs, kind)
+            or num_inputs % (inputs * splits) != 0
+            or (splits > 1 and (not can_split or num_programs > 600))
+            or not (num_programs >= 100 or splits == 8 or not can_split or num_inputs % (inputs * splits * 2) != 0)
+            or not 20_000 <= num_bytes <= 200_000
+            or (num_warps == 8) != (cols == 128)
+            or prefetch > num_inputs // splits * _BITS[kind] // 8
+        ):
+            continue
+        found.append(Tiles(cols, inputs, splits, num_warps, num_stages, prefetch))
+    return found or [default_tiles(num_outputs, num_inputs, kind=kind, can_split=can_split, block_rows=block_rows)]
+
+
+def _input_blocks(num_inputs: int, kind: Kind) -> list[int]:
+    least = {"plain": 16, "int8": 64, "nf4": 128}[kind]
+    return [size for size in (128, 256, 64, 32, 16) if num_inputs % size == 0 and size >= least] or [least]
+
+
+def _shared_bytes(cols: int, inputs: int, num_stages: int, kind: Kind, *, block_rows: int) -> int:
+    return num_stages * (cols * inputs * _BITS[kind] // 8 + block_rows * inputs * 2)
+
+
+def _prefetch_bytes(num_inputs: int, kind: Kind, most: int) -> int:
+    return min(most, num_inputs * _BITS[kind] // 8) // 16 * 16
+
+
+class TuningFile:
+    """Measured tiles by device and shape.
+
+    Args:
+        path: A JSON file, or None to keep nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._entries: dict[str, Tiles] = {}
+        if path is not None and path.is_file():
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                if data["version"] == _VERSION:
+                    self._entries = {key: Tiles(**entry) for key, entry in data["tiles"].items()}
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                self._entries = {}  # damaged: measured again
+
+    def get(self, key: str) -> Tiles | None:
+        """The tiles measured for `key`, if any."""
+        return self._entries.get(key)
+
+    def put(self, entries: Iterable[tuple[str, Tiles]]) -> None:
+        """Keep measured tiles; the file is whole at every moment."""
+        self._entries.update(entries)
+        if self._path is None:
+            return
+        data = {"version": _VERSION, "tiles": {key: asdict(tiles) for key, tiles in sorted(self._entries.items())}}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        os.replace(temporary, self._path)
