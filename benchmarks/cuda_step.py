@@ -26,9 +26,9 @@ set_runtime_defaults()
 
 import torch
 
-from benchmarks.random_models import qwen3_8b, random_model
 from engine.inference.cuda.paged_kv import PagedKV
 from engine.inference.cuda.runner import CudaRunner
+from engine.inference.random_model import qwen3_8b, random_model
 
 
 def milliseconds(run: Callable[[], object], *, repeats: int = 20) -> float:

@@ -20,10 +20,10 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 pytest.importorskip("triton")
 if torch.cuda.is_available():
-    from benchmarks.random_models import random_model
     from engine.inference.cuda import kernels
     from engine.inference.cuda.runner import CudaRunner
     from engine.inference.cuda.weights import LoraPair, base_of
+    from engine.inference.random_model import random_model
 
 VOCAB = 1000
 SIZES: dict[str, Any] = dict(
@@ -173,7 +173,7 @@ def test_a_fork_goes_its_own_way() -> None:
     runner, ids = pair.runner, tokens(160, 4)
     kv = runner.new_kv()
     runner.prefill(kv, ids[:140], want_logits=False)
-    forks = [kv.fork(140) for _ in range(3)]
+    forks = [kv.copy_prefix(140) for _ in range(3)]
     before = runner.num_free_pages
     texts = [tokens(20, seed) for seed in range(3)]
     for step in range(20):

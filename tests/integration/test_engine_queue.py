@@ -49,7 +49,7 @@ def engine(loaded: LoadedModel) -> Iterator[InProcessEngine]:
         yield engine
 
 
-def engine_of(loaded: LoadedModel, gate: threading.Event | None = None, **limits: int) -> InProcessEngine:
+def engine_of(loaded: LoadedModel, gate: threading.Event | None = None, **limits: Any) -> InProcessEngine:
     """An engine on the loaded weights; with a gate it is loading until that is set."""
 
     def load() -> LoadedModel:

@@ -56,7 +56,7 @@ def test_a_fork_shares_full_pages_and_copies_the_partial_one() -> None:
     device = Device(8)
     kv = PagedKV(device.pool)
     device.write(kv, list(range(10)))
-    fork = kv.fork(9)
+    fork = kv.copy_prefix(9)
     assert fork.pages[:2].tolist() == kv.pages[:2].tolist()
     assert fork.pages[2] != kv.pages[2]
     device.write(kv, [100])
@@ -69,7 +69,7 @@ def test_one_that_went_back_into_a_shared_page_copies_it_before_it_writes() -> N
     device = Device(8)
     kv = PagedKV(device.pool)
     device.write(kv, list(range(8)))
-    fork = kv.fork(8)
+    fork = kv.copy_prefix(8)
     fork.truncate(6)
     assert (device.num_copies, fork.num_new_pages(1), fork.num_new_pages(3)) == (0, 1, 2)
     device.write(fork, [60, 61, 62])
@@ -84,7 +84,7 @@ def test_a_full_pool_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(EngineError, match="The KV cache is full: 3 more tokens need 1 pages, 0 are free"):
         kv.append(3)
     with pytest.raises(EngineError, match="The KV cache is full"):
-        kv.fork(5)
+        kv.copy_prefix(5)
     assert device.read(kv) == list(range(6))
     device.write(kv, [6, 7])
     kv.release()
@@ -112,7 +112,7 @@ def test_any_order_of_calls_reads_as_lists_would_and_loses_no_page(seed: int) ->
                 del model[length:]
             elif action == "fork":
                 length = chance.randint(0, len(model))
-                pairs.append((kv.fork(length), model[:length]))
+                pairs.append((kv.copy_prefix(length), model[:length]))
             elif len(pairs) > 1:
                 kv.release()
                 pairs = [pair for pair in pairs if pair[0] is not kv]

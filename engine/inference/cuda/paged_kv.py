@@ -1,7 +1,7 @@
 """Which pages of the KV pool hold the tokens of which sequence. Bookkeeping alone: no torch, no device.
 
 Pages are shared by reference count (Kwon et al. 2023, PagedAttention). A sequence writes only into pages that are its
-own: `fork` copies the partial last page, and one that went back into a shared page copies it before it goes on.
+own: `copy_prefix` copies the partial last page, and one that went back into a shared page copies it before it goes on.
 Not thread-safe: the engine's thread owns pool and sequences.
 """
 
@@ -79,6 +79,8 @@ class PagedKV:
         pool: Where the pages come from.
     """
 
+    can_go_back = True
+
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._pages: list[int] = []
@@ -141,7 +143,7 @@ class PagedKV:
         while len(self._pages) > -(-num_tokens // self._pool.page_tokens):
             self._pool.drop(self._pages.pop())
 
-    def fork(self, num_tokens: int) -> PagedKV:
+    def copy_prefix(self, num_tokens: int) -> PagedKV:
         """A sequence of its own with the first `num_tokens` tokens of this one.
 
         Args:

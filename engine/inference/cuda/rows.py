@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from engine.inference.cuda.paged_kv import PagedKV
-from engine.inference.cuda.runner import CudaRunner
-from engine.inference.cuda.weights import LoraWeights, read_lora
 
 from engine.inference.adapters import BASE, AdapterFiles, check_fits
+from engine.inference.cuda.paged_kv import PagedKV
+from engine.inference.cuda.runner import CudaRunner
 from engine.inference.cuda.verify import GreedyKernel
+from engine.inference.cuda.weights import LoraWeights, read_lora
 from engine.inference.kv_cache import SequenceCache
 from engine.inference.runner import Row
 
