@@ -19,6 +19,7 @@ from lsp_server.http.tool_calls import check_call_name
 _FIELD = re.compile(r"\{\{-?\s*\.(Prompt|System|Response|Suffix)\s*-?\}\}")
 _IF = re.compile(r"\{\{-?\s*if\s+\.(Prompt|System|Response|Suffix)\s*-?\}\}(.*?)\{\{-?\s*end\s*-?\}\}", re.DOTALL)
 _LEAST_ANSWER = 1
+_ROLES = "system, developer, user, assistant, tool, function"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +173,7 @@ def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
     for body in bodies:
         role = {"developer": "system", "function": "tool"}.get(body.role, body.role)
         if role not in ("system", "user", "assistant", "tool"):
-            raise HttpError(
-                400, f'invalid role: "{body.role}"; must be one of system, user, assistant, tool', param="messages"
-            )
+            raise HttpError(400, f'invalid role: "{body.role}"; must be one of {_ROLES}', param="messages")
         calls: list[ToolCall] = []
         for call in body.tool_calls:
             check_call_name(call.function.name)
