@@ -139,12 +139,15 @@ class CopyBody(Body):
 
 
 class CreateBody(Named):
-    """Of `/api/create`: another name for a model, with a system prompt and options."""
+    """Of `/api/create`: another name for a model, with a system prompt, first turns and options."""
 
     from_: str = Field(default="", alias="from")
     system: str = ""
     template: str = ""
     parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
+    messages: list[MessageBody] = Field(default_factory=list[MessageBody])
+    license: list[str] | str = Field(default_factory=list[str])
+    quantize: str = ""
     stream: bool | None = None
 
 
