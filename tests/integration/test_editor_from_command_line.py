@@ -184,6 +184,24 @@ def test_of_two_editors_the_one_that_has_the_file_open_is_asked(desk: Desk) -> N
     assert (second.text(uri), desk.on_disk()) == (PATCHED, TEXT)
 
 
+def test_what_the_editor_has_applied_is_applied_already_as_on_disk(desk: Desk) -> None:
+    """It was `stale_text`: "Ask for the patch again"."""
+    client = desk.editor()
+    uri, patch_id = applied(desk, client)
+    url_of(client)
+    in_editor = desk.ledger("apply", patch_id)
+    expected = f"usage: {patch_id} is in its file already: it is applied.\n  Roll it back first to apply it anew.\n"
+    assert (in_editor.code, in_editor.err) == (2, expected)
+    assert (client.text(uri), desk.on_disk()) == (PATCHED, TEXT)
+    client.set_text(uri, "# above\n" + PATCHED)
+    assert desk.ledger("apply", patch_id).err == expected
+    desk.file.write_bytes(PATCHED.encode())
+    on_disk = desk.ledger("apply", patch_id, "--disk")
+    assert (on_disk.code, on_disk.err) == (2, expected)
+    client.set_text(uri, PATCHED.replace("a + b", "b + a"))
+    assert desk.ledger("apply", patch_id, "--json").json["error"]["code"] == "stale_text"
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
