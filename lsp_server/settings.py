@@ -229,6 +229,7 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
             problems.append(SettingProblem(entry.source, f"there is no such setting{_nearest(entry.name)}"))
             continue
         metadata = _FIELDS[entry.name].metadata
+        value: Any
         try:
             value = metadata["parse"](entry.value)
         except values.PartlyUsable as error:
