@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 from engine.errors import GateError, PlanPatchError, StaleTextError, UsageError
 from engine.patching.edits import Edit, replaced, replacements
 from engine.patching.ledger import Ledger
-from engine.patching.ledger_records import Entry, Operation, State, source_of
+from engine.patching.ledger_records import Entry, Operation, State, in_file_already, source_of
 from engine.patching.proof import check_hunks
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -125,7 +125,7 @@ class Applier:
             `{ok, patchId, patchState}`.
 
         Raises:
-            UsageError: No such proposal or hunks, or its state does not allow it.
+            UsageError: No such proposal or hunks, or its state does not allow it, or it is in the document already.
             StaleTextError: The document is not the text that the patch was made for.
             GateError: These hunks alone do not pass the gates.
         """
@@ -155,6 +155,9 @@ class Applier:
     async def _check_can_apply(self, file: OpenFile, entry: Entry, chosen: tuple[int, ...]) -> None:
         """What takes a while; the text is compared afterwards, with nothing in between."""
         if entry.standing.is_applied:
+            is_base = file.source().to_bytes() == entry.proposal.base
+            if not is_base and await self._holds(file, entry, entry.standing.hunks):
+                raise in_file_already(entry)
             self._check_is_base(file, entry)  # it was taken out by other means, such as version control
             await self._records.do(
                 lambda ledger: ledger.record(entry.id, "rolled_back", reason="the text was so already")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from engine.errors import CancelledError, EngineError, ModelError, PlanPatchError
 from engine.inference.engine import InProcessEngine
@@ -23,6 +23,7 @@ from engine.inference.protocol import Engine
 from engine.inference.store import LocalModel, Progress
 from engine.patching.disk import write_atomically
 from lsp_server.paths import make_private_folder
+from lsp_server.process_marks import facts_of_living, own_facts
 from lsp_server.session import Session
 
 HostState = Literal["off", "loading", "ready", "absent", "failed"]
@@ -194,7 +195,7 @@ class ServerMark:
 
     def write(self, client: str, workspace: str, model: str) -> None:
         """Write it anew; a full disk is no reason to stop."""
-        facts = {"pid": os.getpid(), "client": client, "workspace": workspace, "model": model}
+        facts = {**own_facts(), "client": client, "workspace": workspace, "model": model}
         with suppress(PlanPatchError):
             make_private_folder(self._file.parent)
             write_atomically(self._file, json.dumps(facts).encode(), expected_sha256=None, private=True)
@@ -218,17 +219,13 @@ def other_holders(folder: Path) -> list[str]:
 
     found: list[str] = []
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        try:
-            facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            process = psutil.Process(int(facts["pid"]))
-            is_old = process.create_time() > file.stat().st_mtime + 1  # the number was given to another since
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            is_old, process, facts = True, None, {}
-        if is_old or process is None:
+        facts = facts_of_living(file)
+        if facts is None:
             with suppress(OSError):
-                file.unlink()
-        elif process.pid != os.getpid() and facts.get("model"):
+                file.unlink(missing_ok=True)
+        elif facts["pid"] != os.getpid() and facts.get("model"):
             where = ", ".join(str(facts[name]) for name in ("client", "workspace") if facts.get(name))
-            size = process.memory_info().rss / 1e9
-            found.append(f"process {process.pid} ({where}) holds {facts['model']}, {size:.1f} GB")
+            with suppress(psutil.Error):
+                size = psutil.Process(facts["pid"]).memory_info().rss / 1e9
+                found.append(f"process {facts['pid']} ({where}) holds {facts['model']}, {size:.1f} GB")
     return found

@@ -2,7 +2,8 @@
 
 A listener says its process, address and token in a runtime file that this user alone can read; a language server leaves
 a mark besides. Before a file is written on disk, each language server is asked over loopback to make the edit in its
-editor, if that has the file open. One that cannot be asked may have it open: then nothing is written.
+editor, if that has the file open. One that cannot be asked may have it open: then nothing is written. What a process
+left behind that has ended is removed (`process_marks.py`).
 
 Not covered: an editor that opens the file between the answers and the write, and one that runs no language server.
 """
@@ -21,6 +22,7 @@ from typing import Any, cast
 from engine.errors import EditorUnreachableError, PlanPatchError, error_of_json
 from engine.patching.ledger_records import Operation
 from lsp_server.paths import Paths
+from lsp_server.process_marks import facts_of_living
 
 CONNECT_S = 2.0
 ANSWER_S = 30.0  # an edit is answered at once unless another one, or a question to the user, is on its way
@@ -168,7 +170,7 @@ def language_servers(paths: Paths) -> list[RunningServer]:
     listening = {server.pid: server for server in listeners(paths.runtime_file) if server.has_editor}
     found: dict[int, RunningServer] = dict(listening)
     for file in sorted(paths.servers.glob("*.json")):
-        facts = _facts_of_living(file)
+        facts = facts_of_living(file)
         if facts is not None and facts["pid"] not in listening:
             name = ", ".join(str(facts[key]) for key in ("client", "workspace") if facts.get(key))
             found[facts["pid"]] = RunningServer(facts["pid"], has_editor=True, name=name)
@@ -186,30 +188,9 @@ def listeners(runtime_file: Path) -> list[RunningServer]:
     """
     found: list[RunningServer] = []
     for file in (runtime_file, *sorted(runtime_file.parent.glob(f"{runtime_file.stem}-*{runtime_file.suffix}"))):
-        facts = _facts_of_living(file)
+        facts = facts_of_living(file)
         port = None if facts is None else facts.get("port")
         if facts is not None and isinstance(port, int):
             host, token = str(facts.get("host") or ""), str(facts.get("token") or "")
             found.append(RunningServer(facts["pid"], host, port, token, facts.get("has_editor") is True))
     return found
-
-
-def _facts_of_living(file: Path) -> dict[str, Any] | None:
-    """What a process said of itself; None: it is gone, and its number may be another's."""
-    try:
-        facts: Any = json.loads(file.read_text(encoding="utf-8"))
-        changed_at = file.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    found = cast("dict[str, Any]", facts) if isinstance(facts, dict) else {}
-    if not isinstance(found.get("pid"), int):
-        return None
-    import psutil
-
-    try:
-        is_younger = psutil.Process(found["pid"]).create_time() > changed_at + 1
-    except psutil.NoSuchProcess:
-        return None
-    except psutil.Error:  # it is there, and tells nothing
-        is_younger = False
-    return None if is_younger else found

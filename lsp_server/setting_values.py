@@ -14,6 +14,7 @@ from typing import Any, cast
 
 Parser = Callable[[object], Any]
 
+_ANY_PAGE = re.compile(r"(https?|\*)://\*(:[\d*]*)?")
 _UNIT_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -133,16 +134,41 @@ def dtype(value: object) -> str:
     raise ValueError("expected auto, bfloat16, float16 or float32")
 
 
+class PartlyUsable(ValueError):
+    """Some members of a list cannot be used.
+
+    Args:
+        faults: What is wrong with each of them.
+        rest: The others.
+    """
+
+    def __init__(self, faults: Sequence[str], rest: tuple[str, ...]) -> None:
+        super().__init__("; ".join(faults))
+        self.rest = rest
+
+
 def origins(value: object) -> tuple[str, ...]:
-    """Web origins, as a list or with commas between them."""
+    """Web origins, as a list or with commas between them; those that cannot be used take no other with them."""
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in cast(Sequence[object], words)):
         raise ValueError("expected a list of origins such as http://localhost:3000")
     origins = tuple(word.strip().rstrip("/") for word in cast(Sequence[str], words) if word.strip())
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-            raise ValueError(f"{origin!r} is no origin; expected scheme://host or scheme://host:port")
+    faults = {origin: fault for origin in origins if (fault := _origin_fault(origin))}
+    if faults:
+        raise PartlyUsable(tuple(faults.values()), tuple(origin for origin in origins if origin not in faults))
     return origins
+
+
+def _origin_fault(origin: str) -> str:
+    """What is wrong with an origin; empty for nothing."""
+    if origin == "*" or _ANY_PAGE.fullmatch(origin):
+        return (
+            f"{origin!r} is refused on purpose, because every web page could call then;"
+            " write the pages that may, such as https://app.example or https://*.team.example"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        return f"{origin!r} is no origin; expected scheme://host or scheme://host:port"
+    return f"{origin!r} has more than one *" if origin.count("*") > 1 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,12 +229,18 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
             problems.append(SettingProblem(entry.source, f"there is no such setting{_nearest(entry.name)}"))
             continue
         metadata = _FIELDS[entry.name].metadata
+        value: Any
         try:
             value = metadata["parse"](entry.value)
+        except values.PartlyUsable as error:
+            stands = "the others stand" if error.rest else _standing(sources.get(entry.name))
+            problems.append(SettingProblem(entry.source, f"{error}; {stands}."))
+            if not error.rest:
+                continue
+            value = error.rest
         except ValueError as error:
             shown = "" if metadata["secret"] else f"{entry.value!r} cannot be used: "
-            stands = f"{sources[entry.name]} stands" if entry.name in sources else "the default stands"
-            stands = "it is left out" if metadata["merge"] else stands
+            stands = "it is left out" if metadata["merge"] else _standing(sources.get(entry.name))
             problems.append(SettingProblem(entry.source, f"{shown}{error}; {stands}."))
             continue
         if metadata["merge"]:
@@ -242,6 +248,10 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
         chosen[entry.name] = value
         sources[entry.name] = entry.source
     return Settings(**chosen, sources=sources)
+
+
+def _standing(source: str | None) -> str:
+    return f"{source} stands" if source is not None else "the default stands"
 
 
 def _one_by_one(entries: Iterable[_Entry]) -> Iterator[_Entry]:

@@ -213,6 +213,17 @@ class HFChatTokenizer:
         """
         return self._encode_run([_Part(text)], _START)
 
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
+        """Ids of a prompt that somebody else templated, with what came from where still told apart.
+
+        Args:
+            parts: Each text, and whether it is data, in which what looks like a special token stays text.
+
+        Returns:
+            Token ids.
+        """
+        return self._encode_run([_Part(text, "user" if is_data else "") for text, is_data in parts], _START)
+
     def encode_chat(
         self, messages: Sequence[Message], *, prefill: str = "", tools: Sequence[str] = (), thinking: bool = False
     ) -> list[int]:

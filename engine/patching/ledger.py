@@ -54,6 +54,7 @@ from engine.patching.ledger_records import (
     canonical_json,
     chosen_hunks,
     event_of,
+    in_file_already,
     is_unwanted,
     iso_utc,
     path_key,
@@ -776,7 +777,7 @@ class Ledger:
             self._note_turned(entry, "rollback", source_of(data, path))
             return
         if _fits(entry, entry.standing.hunks, "rollback", data):
-            raise wrong_state(entry, "is in its file already", "Roll it back first to apply it anew.")
+            raise in_file_already(entry)
         raise UsageError(
             f"{entry.id} is recorded as applied, but {path} does not hold its lines as it left them.",
             hint=f"If you took them out, planpatch ledger rollback {entry.id} records that, and planpatch ledger redo "

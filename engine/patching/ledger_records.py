@@ -456,6 +456,18 @@ def chosen_hunks(entry: Entry, hunks: Iterable[int] | None) -> tuple[int, ...]:
     return chosen
 
 
+def in_file_already(entry: Entry) -> UsageError:
+    """The error for applying what is applied.
+
+    Args:
+        entry: The proposal.
+
+    Returns:
+        The error, to be raised.
+    """
+    return wrong_state(entry, "is in its file already", "Roll it back first to apply it anew.")
+
+
 def wrong_state(entry: Entry, what: str, hint: str) -> UsageError:
     """The error for something that a proposal's state does not allow.
 

@@ -54,16 +54,20 @@ async def read_body(request: Request) -> bytes:
         Its bytes.
 
     Raises:
-        HttpError: 413 if it is too large, 408 if it comes too slowly.
+        HttpError: 413 if it is too large, 408 if it comes too slowly, 415 if it is compressed.
         ClientDisconnect: The client went away.
     """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise _too_large()
     try:
-        return await asyncio.wait_for(_collect(request), BODY_TIME_S)
+        body = await asyncio.wait_for(_collect(request), BODY_TIME_S)
     except asyncio.TimeoutError:
         raise HttpError(408, f"the body did not arrive within {BODY_TIME_S:g} s", close=True) from None
+    encoding = request.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise HttpError(415, f"Content-Encoding: {encoding} is not supported; send the body as it is")
+    return body
 
 
 async def _collect(request: Request) -> bytes:

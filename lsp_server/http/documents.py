@@ -15,6 +15,7 @@ _STATUSES = {
     408: "The body came too slowly",
     409: "The code changed, or another model is in memory",
     413: "Too large",
+    415: "The body is compressed",
     422: "A gate refused the patch",
     503: "The model is loading or absent, or the queue is full; Retry-After says when to come again",
     504: "Out of tokens or time",

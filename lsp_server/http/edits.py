@@ -7,6 +7,7 @@ home that has; the disk is written where none does.
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from engine.inference.protocol import Engine
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Applied, Entry, Operation, PlanRecord
 from engine.patching.parser_process import ParserProcess
-from engine.patching.patcher import Patch, Patcher, Plan, check_intent
+from engine.patching.patcher import MAX_INTENT_CHARS, Patch, Patcher, Plan, check_intent
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import MAX_SOURCE_BYTES, PASTED, Source
@@ -151,7 +152,7 @@ async def plan(request: Request) -> Response:
     body = await read(request, PlanBody)
     if not body.intent.strip():
         raise HttpError(400, "intent: say what is to be changed", param="intent")
-    check_intent(body.intent)
+    _check_length(body.intent)
     service.ready_engine()
     source, scope = await asyncio.to_thread(_find, service, body)
 
@@ -219,7 +220,7 @@ def _as_planned(service: Service, record: PlanRecord, code_paste: str | None) ->
     """
     then = Source.from_bytes(record.base, PASTED if record.path is None else record.path.as_posix())
     if code_paste is not None:
-        now = Source.from_text(code_paste, then.path)
+        now = _pasted(code_paste, then.path)
     elif record.path is None:
         now = then
     else:
@@ -237,10 +238,32 @@ def _as_planned(service: Service, record: PlanRecord, code_paste: str | None) ->
 # --- what is meant ---------------------------------------------------------------------------------------------------
 
 
+def _check_length(intent: str) -> None:
+    try:
+        check_intent(intent)
+    except UsageError as error:
+        raise HttpError(
+            413, error.message, code="too_large", hint=error.hint, param="intent", limit=MAX_INTENT_CHARS
+        ) from None
+
+
+def _pasted(code: str, path: str) -> Source:
+    """Code that came with the request."""
+    if len(code.encode()) > MAX_SOURCE_BYTES:
+        raise HttpError(
+            413,
+            f"code_paste is larger than {MAX_SOURCE_BYTES:,} bytes",
+            code="too_large",
+            param="code_paste",
+            limit=MAX_SOURCE_BYTES,
+        )
+    return Source.from_text(code, path)
+
+
 def _find(service: Service, body: PlanBody) -> tuple[Source, Scope]:
     """The source and the scope that a request is about."""
     if body.code_paste is not None and body.code_paste.strip():
-        source = Source.from_text(body.code_paste, PASTED)
+        source = _pasted(body.code_paste, PASTED)
         return source, _scope_in(service, source, body)
     if not body.paths:
         raise HttpError(400, "there is no code: give code_paste, or paths of files inside the root", param="code_paste")
@@ -335,13 +358,26 @@ def _inside(service: Service, text: str) -> Path:
     try:
         path = (root / text).resolve()
         is_there = path.exists()
-    except (OSError, RuntimeError, ValueError) as fault:
+        is_loop = not is_there and _is_loop(root / text)
+    except RuntimeError:  # pathlib's word for a loop, before Python 3.13
+        is_there, is_loop, path = False, True, root
+    except (OSError, ValueError) as fault:
         raise HttpError(400, f"paths: {getattr(fault, 'strerror', None) or 'it is no path'}", param="paths") from None
+    if is_loop:
+        raise HttpError(400, f"paths: {text!r} is a symbolic link that leads back to itself", param="paths")
     if not path.is_relative_to(root):
         raise PathError(f"{text!r} is outside of the root")
     if not is_there:
         raise HttpError(404, f"{text!r} does not exist", code="path")
     return path
+
+
+def _is_loop(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as fault:
+        return fault.errno == errno.ELOOP
+    return False
 
 
 def _read_file(file: Path) -> Source:

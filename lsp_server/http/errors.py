@@ -90,6 +90,7 @@ class HttpError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
         found = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
+        found |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return {**found, "Connection": "close"} if self.close else found
 
     def to_json(self, shape: ErrorShape) -> dict[str, Any]:
@@ -114,5 +115,6 @@ _CODES = {
     408: "timeout",
     409: "conflict",
     413: "too_large",
+    415: "unsupported_media_type",
     503: "unavailable",
 }

@@ -23,6 +23,7 @@ from lsp_server.http.shapes import shape_of
 MAX_HEADER_BYTES = 32_000
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0", "::1")
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
+_LOOPBACK_SUFFIX = ".localhost"  # browsers resolve such names to loopback themselves (RFC 6761)
 _APPLICATION_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 _METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 _PREFLIGHT_S = 600
@@ -103,7 +104,7 @@ class Guard:
             return False
         if parts.scheme in _APPLICATION_SCHEMES:
             return True
-        if parts.scheme in ("http", "https") and name in _LOCAL_NAMES:
+        if parts.scheme in ("http", "https") and (name in _LOCAL_NAMES or name.endswith(_LOOPBACK_SUFFIX)):
             return True
         return any(_matches(origin, allowed) for allowed in self._origins)
 
@@ -168,6 +169,7 @@ async def _refuse(error: HttpError, scope: Scope, send: Send, origin: str) -> No
     headers = MutableHeaders(scope=start)
     headers["Content-Type"] = "application/json"
     headers["Content-Length"] = str(len(body))
+    headers.update(error.headers())
     if origin:
         _allow(headers, origin)
     await send(start)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.errors import EnvironmentFault, PlanPatchError, UsageError
 from engine.patching.disk import write_atomically
 from lsp_server.http.service import Service
+from lsp_server.process_marks import facts_of_living, own_facts
 from lsp_server.running import listeners
 
 if TYPE_CHECKING:
@@ -136,12 +137,9 @@ def _holder(port: int, runtime_file: Path) -> tuple[int | None, str]:
 
 def _own_runtime_file(runtime_file: Path, port: int) -> Path:
     """The home's runtime file, or one with the port in its name while another server that lives has that one."""
-    import psutil
-
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        facts = cast("Mapping[str, Any]", json.loads(runtime_file.read_text(encoding="utf-8")))
-        if int(facts["pid"]) != os.getpid() and psutil.pid_exists(int(facts["pid"])):
-            return runtime_file.with_name(f"{runtime_file.stem}-{port}{runtime_file.suffix}")
+    facts = facts_of_living(runtime_file)
+    if facts is not None and facts["pid"] != os.getpid():
+        return runtime_file.with_name(f"{runtime_file.stem}-{port}{runtime_file.suffix}")
     return runtime_file
 
 
@@ -208,7 +206,7 @@ class Listener:
 
     def _write_runtime_file(self) -> None:
         facts = {
-            "pid": os.getpid(),
+            **own_facts(),
             "host": self.address.host,
             "port": self.address.port,
             "token": self._service.token,

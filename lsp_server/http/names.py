@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -31,6 +31,8 @@ class Known:
         system: System prompt of a model that `create` made.
         template: Its template, as text.
         parameters: Its options.
+        messages: Turns that come before a chat's own, as `create` was given them.
+        licences: Licences that `create` added to the model's own.
         is_alias: Whether `copy` or `create` made the name.
     """
 
@@ -39,7 +41,14 @@ class Known:
     system: str = ""
     template: str = ""
     parameters: Mapping[str, Any] | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
+    licences: Sequence[str] = ()
     is_alias: bool = False
+
+    @property
+    def own_template(self) -> str:
+        """The template that its chats are written in, if it is not the model's own; one without fields is none."""
+        return self.template if self.is_alias and "{{" in self.template else ""
 
 
 class Names:
@@ -78,6 +87,8 @@ class Names:
                         system=str(copy.get("system") or ""),
                         template=str(copy.get("template") or ""),
                         parameters=cast("Mapping[str, Any] | None", copy.get("parameters")),
+                        messages=cast("Sequence[Mapping[str, Any]]", copy.get("messages") or ()),
+                        licences=cast("Sequence[str]", copy.get("licences") or ()),
                         is_alias=True,
                     )
                 )
@@ -108,10 +119,12 @@ class Names:
         Args:
             source: The model.
             name: The new name.
-            **changes: `system`, `template`, `parameters`.
+            **changes: `system`, `template`, `parameters`, `messages`, `licences`.
         """
         origin = _tagged(source.local.name)
-        kept = {"system": source.system, "template": source.template, "parameters": source.parameters or {}}
+        kept: dict[str, object] = {"system": source.system, "template": source.template}
+        kept |= {"parameters": source.parameters or {}}
+        kept |= {"messages": list(source.messages), "licences": list(source.licences)}
         self._save({**self._copies(), _tagged(name): {"from": origin, **kept, **changes}})
 
     def forget(self, known: Known) -> None:
@@ -275,6 +288,19 @@ def capabilities(local: LocalModel) -> tuple[str, ...]:
     """
     file = local.folder / "tokenizer.json"
     return _capabilities(local.folder, file.stat().st_mtime if file.is_file() else 0.0)
+
+
+def abilities(known: Known) -> tuple[str, ...]:
+    """What a named model can do; a template of its own has no place for tools and thinking.
+
+    Args:
+        known: The model.
+
+    Returns:
+        Ollama's words; see `capabilities`.
+    """
+    found = capabilities(known.local)
+    return tuple(one for one in found if one not in ("tools", "thinking")) if known.own_template else found
 
 
 def template_of(local: LocalModel) -> str:

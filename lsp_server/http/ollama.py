@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -26,7 +26,7 @@ from lsp_server.http.embedding import embeddings
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
 from lsp_server.http.models import model_of, names_of, service_of
-from lsp_server.http.names import Known, capabilities, details, model_info, rfc3339, summary, template_of
+from lsp_server.http.names import Known, abilities, capabilities, details, model_info, rfc3339, summary, template_of
 from lsp_server.http.ollama_bodies import (
     ChatBody,
     EmbedBody,
@@ -36,7 +36,7 @@ from lsp_server.http.ollama_bodies import (
     keep_alive_s,
     thinking_of,
 )
-from lsp_server.http.prompting import Ask, filled, messages_of, request_of
+from lsp_server.http.prompting import Ask, check_template, in_rounds, messages_of, own_messages, request_of
 from lsp_server.http.responses import Json
 from lsp_server.http.sampling import Options, grammar_of
 from lsp_server.http.service import OLLAMA_VERSION, Service
@@ -73,7 +73,7 @@ async def tags(request: Request) -> Response:
     service = service_of(request)
     known = names_of(service).all(service.host.local_or_none)
     level = _quantization(service)
-    return Json({"models": [{**summary(one, level), "capabilities": capabilities(one.local)} for one in known]})
+    return Json({"models": [{**summary(one, level), "capabilities": abilities(one)} for one in known]})
 
 
 @router.get("/api/ps")
@@ -99,25 +99,42 @@ async def show(request: Request) -> Response:
     body = await read(request, ShowBody)
     known = names_of(service).find(body.wanted, service.host.local_or_none)
     basename = body.wanted if request.headers.get("user-agent", "").startswith("GitHubCopilotChat/") else ""
-    parameters = "\n".join(f"{name:<30} {json.dumps(value)}" for name, value in (known.parameters or {}).items())
+    parameters = _parameters(known)
     template = known.template or template_of(known.local)
     found: dict[str, Any] = {
-        "license": known.local.licence,
+        "license": "\n".join(_licences(known)),
         "modelfile": _modelfile(known, template, parameters),
-        "parameters": parameters,
+        "parameters": "\n".join(f"{name:<30} {value}" for name, value in parameters),
         "template": template,
         "details": details(known, _quantization(service)),
         "model_info": model_info(known, basename=basename),
-        "capabilities": list(capabilities(known.local)),
+        "capabilities": list(abilities(known)),
         "modified_at": summary(known)["modified_at"],
     }
-    return Json({**found, "system": known.system} if known.system else found)
+    found |= {"system": known.system} if known.system else {}
+    found |= {"messages": list(known.messages)} if known.messages else {}
+    return Json(found)
 
 
-def _modelfile(known: Known, template: str, parameters: str) -> str:
+def _parameters(known: Known) -> list[tuple[str, str]]:
+    """Each option's name and value; one that has several values, as `stop` may, is there once for each."""
+    found: list[tuple[str, str]] = []
+    for name, value in (known.parameters or {}).items():
+        values = cast("list[object]", value) if isinstance(value, list) else [value]
+        found += [(name, json.dumps(one, ensure_ascii=False)) for one in values]
+    return found
+
+
+def _licences(known: Known) -> list[str]:
+    return [text for text in (known.local.licence, *known.licences) if text]
+
+
+def _modelfile(known: Known, template: str, parameters: Sequence[tuple[str, str]]) -> str:
     lines = [f"FROM {known.local.name}", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{known.system}"""'] if known.system else []
-    lines += [f"PARAMETER {line}" for line in parameters.splitlines()]
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters]
+    lines += [f'MESSAGE {one["role"]} """{one.get("content", "")}"""' for one in known.messages]
+    lines += [f'LICENSE """{text}"""' for text in _licences(known)]
     return "\n".join(lines) + "\n"
 
 
@@ -169,23 +186,25 @@ async def generate(request: Request) -> Response:
     if body.suffix and "insert" not in capabilities(known.local):
         raise HttpError(400, f'"{name}" does not support insert', param="suffix")
     grammar = grammar_of(body.format)
+    if body.template:
+        check_template(body.template)
     if not body.prompt and not body.suffix:
         return await _load(service, name, keep_alive, {"response": ""})
     ask = Ask(options, context=tuple(body.context), thinking=thinking, grammar=grammar)
     is_original = body.model is None
     system = known.system if body.system is None else body.system
-    template = body.template or (known.template if known.is_alias else "")
+    template = body.template if "{{" in body.template else known.own_template
     if body.suffix:
         ask = replace(ask, before=body.prompt, after=body.suffix, context=())
     elif body.raw:
         ask = replace(ask, raw=body.prompt)
-    elif template and "{{" in template and not is_original:
-        ask = replace(ask, raw=filled(template, Prompt=body.prompt, System=system))
     else:
         prompt = body.prompt[-_context_chars(service) :] if is_original else body.prompt
         system = system or (NO_THINK_SYSTEM if is_original else "")
         turns = [Message("system", system)] if system else []
+        turns += own_messages(known) if not body.context else ()
         ask = replace(ask, messages=(*turns, Message("user", prompt)))
+        ask = ask if is_original else _in_template(ask, template)
 
     def tell(text: str, thought: str, _: object) -> dict[str, Any]:
         return {"response": text, **({"thinking": thought} if thought else {})}
@@ -206,7 +225,7 @@ async def chat(request: Request) -> Response:
     thinking = _thinking(name, known, thinking_of(body.think))
     if any(message.images for message in body.messages):
         raise HttpError(400, f'"{name}" does not support vision', param="messages")
-    if body.tools and "tools" not in capabilities(known.local):
+    if body.tools and "tools" not in abilities(known):
         raise HttpError(400, f'"{name}" does not support tools', param="tools")
     tools = checked_tools(body.tools)
     grammar = grammar_of(body.format)
@@ -215,15 +234,25 @@ async def chat(request: Request) -> Response:
         return await _load(service, name, keep_alive, {"message": {"role": "assistant", "content": ""}})
     is_original = body.model is None
     system = known.system or (NO_THINK_SYSTEM if is_original else "")
-    if system and not any(message.role == "system" for message in messages):
+    has_system = any(message.role == "system" for message in messages)
+    messages = (*own_messages(known), *messages)
+    if system and not has_system:
         messages = (Message("system", system), *messages)
     if is_original:
         messages = (*messages[:-1], replace(messages[-1], content=messages[-1].content[-_context_chars(service) :]))
     is_streamed = not is_original if body.stream is None else body.stream
     clean = _cleans(service, body.clean, is_original) and not (tools or grammar or is_streamed)
     ask = Ask(options, messages=messages, tools=tools, thinking=thinking, grammar=grammar, continues=True)
+    ask = _in_template(ask, known.own_template)
     tool_names = [str(tool["function"]["name"]) for tool in body.tools]
     return await _answer(service, request, Turn(name, ask, _tell_message, is_streamed, clean, tool_names))
+
+
+def _in_template(ask: Ask, template: str) -> Ask:
+    """A chat in a template of the client's or of a created model; what is wrong with that is told by a status."""
+    if template:
+        in_rounds(template, ask.messages)
+    return replace(ask, template=template)
 
 
 def _tell_message(text: str, thought: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -258,7 +287,7 @@ def _model_and_options(
 
 
 def _thinking(name: str, known: Known, wanted: bool | None) -> bool:
-    if wanted and "thinking" not in capabilities(known.local):
+    if wanted and "thinking" not in abilities(known):
         raise HttpError(400, f'"{name}" does not support thinking', param="think")
     return bool(wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class GenerateBody(Body):
     images: list[str] = Field(default_factory=list[str])
     options: Options = Field(default_factory=Options)
     keep_alive: float | str | None = None
-    think: bool | str | None = None
+    think: Any = None
     clean: bool | None = None
     num_predict: float | None = None
     max_time: float | None = None
@@ -96,7 +97,7 @@ class ChatBody(Body):
     format: Any = None
     options: Options = Field(default_factory=Options)
     keep_alive: float | str | None = None
-    think: bool | str | None = None
+    think: Any = None
     clean: bool | None = None
     num_predict: float | None = None
     max_time: float | None = None
@@ -138,19 +139,22 @@ class CopyBody(Body):
 
 
 class CreateBody(Named):
-    """Of `/api/create`: another name for a model, with a system prompt and options."""
+    """Of `/api/create`: another name for a model, with a system prompt, first turns and options."""
 
     from_: str = Field(default="", alias="from")
     system: str = ""
     template: str = ""
     parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
+    messages: list[MessageBody] = Field(default_factory=list[MessageBody])
+    license: list[str] | str = Field(default_factory=list[str])
+    quantize: str = ""
     stream: bool | None = None
 
 
 Thinking = Literal["off", "on"]
 
 
-def thinking_of(think: bool | str | None) -> bool | None:
+def thinking_of(think: object) -> bool | None:
     """Whether the model shall think; None where the client does not say.
 
     Args:
@@ -160,14 +164,15 @@ def thinking_of(think: bool | str | None) -> bool | None:
         The answer.
 
     Raises:
-        HttpError: 400: another word than Ollama's.
+        HttpError: 400: something else than Ollama's words.
     """
     if think is None or isinstance(think, bool):
         return think
     if think in ("low", "medium", "high", "max"):
         return True
+    said = json.dumps(think, ensure_ascii=False)
     raise HttpError(
-        400, f'invalid think value: "{think}" (must be "high", "medium", "low", "max", true, or false)', param="think"
+        400, f'invalid think value: {said} (must be "high", "medium", "low", "max", true, or false)', param="think"
     )
 
 

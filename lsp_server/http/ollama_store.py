@@ -1,7 +1,7 @@
 """Ollama's calls that change what is on this machine: pull, copy, create, delete. Each needs the runtime token.
 
-Pull knows the catalogue's models. Copy and create give a model another name, create also a system prompt, a template
-and options. Delete takes such a name away, or a model that PlanPatch pulled. Not covered: push and blobs.
+Pull knows the catalogue's models. Copy and create give a model another name, create also a system prompt, a template,
+first turns and options. Delete takes such a name away, or a model that PlanPatch pulled. Not covered: push and blobs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lsp_server.http.generation import unless_gone
 from lsp_server.http.models import names_of, service_of
 from lsp_server.http.names import digest_of
 from lsp_server.http.ollama_bodies import CopyBody, CreateBody, PullBody
-from lsp_server.http.prompting import filled
+from lsp_server.http.prompting import check_template, messages_of
 from lsp_server.http.responses import Json
 from lsp_server.http.sampling import Options
 from lsp_server.http.service import Service
@@ -117,7 +117,7 @@ async def copy(request: Request) -> Response:
 
 @router.post("/api/create", **takes(CreateBody))
 async def create(request: Request) -> Response:
-    """Make a model of another one with a system prompt, a template and options."""
+    """Make a model of another one with a system prompt, a template, first turns, options and licences."""
     service = service_of(request)
     service.check_token(request)
     body = await read(request, CreateBody)
@@ -125,11 +125,21 @@ async def create(request: Request) -> Response:
         raise HttpError(400, "neither 'from' or 'files' was specified", param="from")
     names, loaded = names_of(service), service.host.local_or_none
     source = names.find(body.from_, loaded)
+    if body.quantize:
+        message = f"quantize: {body.quantize} is not supported; models are kept as they are"
+        raise HttpError(400, message, hint="PlanPatch's setting quantization says how they are held.", param="quantize")
     checked(body.parameters, Options)
     if body.template:
-        filled(body.template)
+        check_template(body.template)
+    if any(message.images for message in body.messages):
+        raise HttpError(400, f'"{body.from_}" does not support vision', param="messages")
+    messages_of(body.messages)
     changes: dict[str, object] = {"parameters": {**(source.parameters or {}), **body.parameters}}
     changes |= {key: value for key, value in (("system", body.system), ("template", body.template)) if value}
+    if body.messages:
+        changes["messages"] = [message.model_dump(exclude_defaults=True) for message in body.messages]
+    given = [body.license] if isinstance(body.license, str) else body.license
+    changes["licences"] = [*source.licences, *(text for text in given if text)]
     names.copy(source, _free_name(service, body.wanted), **changes)
     steps = [{"status": "using existing layer"}, {"status": "writing manifest"}, {"status": "success"}]
     if body.stream is not False:

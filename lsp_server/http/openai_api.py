@@ -1,7 +1,7 @@
 """OpenAI's API: models, chat completions, completions and embeddings, as its clients use them.
 
-Not covered: images and audio, penalties and logit_bias, `echo` with log-probabilities, and keeping several models in
-memory. A chat that does not fit is refused, where Ollama's API leaves its oldest turns out.
+Not covered: images and audio, penalties, logit_bias and best_of, `echo` with log-probabilities, and keeping several
+models in memory. A chat that does not fit is refused, where Ollama's API leaves its oldest turns out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lsp_server.http.embedding import embeddings
 from lsp_server.http.errors import HttpError
 from lsp_server.http.generation import unless_gone
 from lsp_server.http.models import model_of, names_of, service_of
-from lsp_server.http.names import Known, capabilities, digest_of
+from lsp_server.http.names import Known, abilities, capabilities, digest_of
 from lsp_server.http.openai_answers import ChatForm, TextForm, Turn, events, whole
 from lsp_server.http.openai_bodies import (
     MOST_CHOICES,
@@ -33,12 +33,13 @@ from lsp_server.http.openai_bodies import (
     CompletionBody,
     EmbeddingBody,
     chat_of,
+    check_supported,
     options_of,
     shape_of_answer,
     texts_or_ids,
     thinks,
 )
-from lsp_server.http.prompting import Ask, request_of
+from lsp_server.http.prompting import Ask, in_rounds, own_messages, request_of
 from lsp_server.http.responses import Json
 from lsp_server.http.service import Service, tokenizer_of
 
@@ -82,15 +83,20 @@ async def chat_completions(request: Request) -> Response:
     """The next turn of a chat."""
     service = service_of(request)
     body = await read(request, ChatCompletionBody)
+    check_supported(body)
     known = model_of(service, body.model)
     options, messages, shape = options_of(body, known), chat_of(body), shape_of_answer(body)
-    able = capabilities(known.local)
+    able = abilities(known)
     if shape.tools and "tools" not in able:
         raise HttpError(400, f'"{body.model}" does not support tools', param="tools")
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
-    if known.system and not any(message.role == "system" for message in messages):
+    has_system = any(message.role == "system" for message in messages)
+    messages = (*own_messages(known), *messages)
+    if known.system and not has_system:
         messages = (Message("system", known.system), *messages)
+    if known.own_template:
+        in_rounds(known.own_template, messages)  # what is wrong with it is told by a status
     num_top = body.top_logprobs or 0
     ask = Ask(
         options,
@@ -100,6 +106,7 @@ async def chat_completions(request: Request) -> Response:
         grammar=shape.grammar,
         top_logprobs=max(1, num_top) if body.logprobs else 0,
         may_shorten=False,
+        template=known.own_template,
     )
     turn = Turn(
         body.model,
@@ -119,6 +126,7 @@ async def completions(request: Request) -> Response:
     """Continue prompts, or fill in a middle."""
     service = service_of(request)
     body = await read(request, CompletionBody)
+    check_supported(body)
     known = model_of(service, body.model)
     if body.suffix and "insert" not in capabilities(known.local):
         raise HttpError(400, f'"{body.model}" does not support insert', param="suffix")

@@ -1,6 +1,7 @@
 """Bodies of OpenAI's API, and what their fields ask of the engine.
 
-Not covered, and ignored where a client sends it: penalties, logit_bias, best_of, user, store, metadata, service_tier.
+Not covered, and ignored where a client sends it: penalties, user, store, metadata, service_tier. Refused: logit_bias,
+best_of, and functions with function_call, which tools and tool_choice have replaced.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class ChatMessage(Body):
     role: str
     content: list[dict[str, Any]] | str = ""
     tool_calls: list[ToolCallBody] = Field(default_factory=list[ToolCallBody])
+    function_call: FunctionCall | None = None
 
 
 class SamplingBody(Body):
@@ -53,6 +55,7 @@ class SamplingBody(Body):
     stop: Any = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
+    logit_bias: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @property
     def with_usage(self) -> bool:
@@ -72,6 +75,8 @@ class ChatCompletionBody(SamplingBody):
     tool_choice: dict[str, Any] | str | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
+    functions: list[Any] = Field(default_factory=list[Any])
+    function_call: Any = None
 
 
 class CompletionBody(SamplingBody):
@@ -80,6 +85,7 @@ class CompletionBody(SamplingBody):
     prompt: Any = None
     suffix: str | None = None
     echo: bool = False
+    best_of: Whole = 1
     logprobs: Whole | None = Field(default=None, ge=0, le=20)
 
 
@@ -90,6 +96,30 @@ class EmbeddingBody(Body):
     input: Any = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Whole | None = Field(default=None, ge=1)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def check_supported(body: ChatCompletionBody | CompletionBody) -> None:
+    """Refuse what would change the answer and is not done here.
+
+    Args:
+        body: The body.
+
+    Raises:
+        HttpError: 400: it names one of these fields.
+    """
+    if body.logit_bias:
+        raise HttpError(400, "logit_bias: is not supported; leave it out", param="logit_bias")
+    if isinstance(body, CompletionBody):
+        if body.best_of > 1:
+            raise HttpError(400, "best_of: is not supported; n gives several choices", param="best_of")
+        return
+    if body.functions:
+        raise HttpError(400, "functions: is not supported; use tools", param="functions")
+    if body.function_call not in (None, "none", "auto"):
+        raise HttpError(400, "function_call: is not supported; use tools and tool_choice", param="function_call")
 
 
 # --- limits and sampling ---------------------------------------------------------------------------------------------
@@ -205,11 +235,17 @@ def chat_of(body: ChatCompletionBody) -> tuple[Message, ...]:
         MessageBody(
             role=message.role,
             content=_text_of(message.content, f"messages.{place}.content"),
-            tool_calls=[_shown_call(call) for call in message.tool_calls],
+            tool_calls=[_shown_call(call) for call in _calls_of(message)],
         )
         for place, message in enumerate(body.messages)
     ]
     return messages_of(turns)
+
+
+def _calls_of(message: ChatMessage) -> list[ToolCallBody]:
+    """The calls of a turn; an older client writes a single one as `function_call`."""
+    older = [ToolCallBody(function=message.function_call)] if message.function_call is not None else []
+    return message.tool_calls or older
 
 
 def _shown_call(call: ToolCallBody) -> ToolCallBody:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import ModelError
 from engine.inference.protocol import Engine, GenerationRequest, Grammar, Message, Priority, ToolCall
 from engine.inference.tokenizer import HFChatTokenizer
+from lsp_server.http.bodies import checked
 from lsp_server.http.errors import HttpError
+from lsp_server.http.names import Known
 from lsp_server.http.ollama_bodies import MessageBody
 from lsp_server.http.sampling import Options, params_of, room
 from lsp_server.http.service import tokenizer_of
 from lsp_server.http.tool_calls import check_call_name
 
-_FIELD = re.compile(r"\{\{-?\s*\.(Prompt|System|Response|Suffix)\s*-?\}\}")
-_IF = re.compile(r"\{\{-?\s*if\s+\.(Prompt|System|Response|Suffix)\s*-?\}\}(.*?)\{\{-?\s*end\s*-?\}\}", re.DOTALL)
+_FIELD = re.compile(r"\{\{\s*\.(Prompt|System|Response|Suffix)\s*\}\}")
+_IF = re.compile(r"\{\{\s*if\s+\.(Prompt|System|Response|Suffix)\s*\}\}(.*?)\{\{\s*end\s*\}\}", re.DOTALL)
+_COMMENT = re.compile(r"(?:\s*\{\{-\s+|\{\{)/\*.*?\*/(?:\s+-\}\}\s*|\}\})", re.DOTALL)
+_ORDER = {"System": 0, "Prompt": 1, "Response": 2}
 _LEAST_ANSWER = 1
+_ROLES = "system, developer, user, assistant, tool, function"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Ask:
         may_shorten: Whether the oldest turns of a chat, or the beginning of a raw prompt, are left out where all does
             not fit; else it is refused.
         continues: Whether an answer at the end of the chat is gone on with, as Ollama does.
+        template: Ollama's template that the chat is written in; empty for the model's own.
     """
 
     options: Options
@@ -53,6 +59,7 @@ class Ask:
     top_logprobs: int = 0
     may_shorten: bool = True
     continues: bool = False
+    template: str = ""
 
 
 def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
@@ -76,6 +83,8 @@ def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
         token_ids = _token_ids(engine, ask, limit, context_length)
     except ModelError as error:
         raise HttpError(400, error.message.replace(str(tokenizer_of(engine).folder), "the model's folder")) from None
+    if not token_ids:
+        raise _nothing_to_go_on()
     limit = max(limit, min(context_length, len(token_ids) + _LEAST_ANSWER))
     stop_token_ids = tokenizer_of(engine).fim_end_token_ids if ask.before is not None else ()
     params = params_of(
@@ -111,6 +120,8 @@ def _token_ids(engine: Engine, ask: Ask, limit: int, context_length: int) -> lis
 
 def _encoded(tokenizer: HFChatTokenizer, ask: Ask, messages: Sequence[Message]) -> list[int]:
     """The chat; with `continues` an answer at its end is gone on with."""
+    if ask.template:
+        return tokenizer.encode_parts(in_rounds(ask.template, messages))
     last = messages[-1] if messages else None
     if ask.continues and last is not None and last.role == "assistant" and len(messages) > 1 and not last.tool_calls:
         return tokenizer.encode_chat(messages[:-1], prefill=last.content, tools=ask.tools, thinking=ask.thinking)
@@ -145,6 +156,10 @@ def _shortened(tokenizer: HFChatTokenizer, ask: Ask, most: int, context_length: 
     return token_ids  # num_ctx is a wish; the last turn is needed
 
 
+def _nothing_to_go_on() -> HttpError:
+    return HttpError(400, "the prompt is empty once it is in the template", param="template")
+
+
 def _too_long(num_prompt_tokens: int, limit: int, param: str) -> HttpError:
     return HttpError(
         400,
@@ -172,9 +187,7 @@ def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
     for body in bodies:
         role = {"developer": "system", "function": "tool"}.get(body.role, body.role)
         if role not in ("system", "user", "assistant", "tool"):
-            raise HttpError(
-                400, f'invalid role: "{body.role}"; must be one of system, user, assistant, tool', param="messages"
-            )
+            raise HttpError(400, f'invalid role: "{body.role}"; must be one of {_ROLES}', param="messages")
         calls: list[ToolCall] = []
         for call in body.tool_calls:
             check_call_name(call.function.name)
@@ -194,21 +207,92 @@ def _json_object(text: str) -> str:
     raise HttpError(400, "the arguments of a tool call are a JSON object", param="messages")
 
 
-def filled(template: str, **fields: str) -> str:
-    """A prompt by a simple template of Ollama's: `{{ .System }}`, `{{ .Prompt }}`, and `{{ if .System }}…{{ end }}`.
+def own_messages(known: Known) -> tuple[Message, ...]:
+    """The turns that a created model puts before a chat's own.
+
+    Args:
+        known: The model.
+
+    Returns:
+        The turns.
+
+    Raises:
+        HttpError: 400: they cannot be read; the file that keeps them was edited.
+    """
+    return messages_of([checked(dict(message), MessageBody) for message in known.messages])
+
+
+# --- Ollama's templates ----------------------------------------------------------------------------------------------
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that needs more of Go's templates than simple fields.
 
     Args:
         template: The template.
-        **fields: Text of each field.
-
-    Returns:
-        The prompt.
 
     Raises:
-        HttpError: 400: it needs more of Go's templates than that.
+        HttpError: 400.
     """
-    values = {"Prompt": "", "System": "", "Response": "", "Suffix": "", **fields}
-    text = _IF.sub(lambda match: match[2] if values[match[1]] else "", template)
-    if "{{" in _FIELD.sub("", text):
-        raise HttpError(400, "the template uses more than .System, .Prompt, .Suffix and if", param="template")
-    return _FIELD.sub(lambda match: values[match[1]], text)
+    if "{{" in _FIELD.sub("", _IF.sub(lambda match: match[2], _plain(template))):
+        message = "the template uses more than .System, .Prompt, .Response, .Suffix and if"
+        raise HttpError(400, message, param="template")
+
+
+def in_rounds(template: str, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """A chat by a simple template of Ollama's, once for each round of `.System`, `.Prompt` and `.Response`.
+
+    As Ollama does (`template.go`): turns of one role that follow each other are one, and what stands behind
+    `.Response` is left out of the last round, where the model goes on.
+
+    Args:
+        template: `{{ .System }}`, `{{ .Prompt }}`, `{{ .Response }}`, and `{{ if .System }}…{{ end }}`.
+        messages: The turns; a tool's is taken as the user's.
+
+    Returns:
+        The prompt in parts: text of the template, or of a turn, which is data (`True`).
+
+    Raises:
+        HttpError: 400: the template needs more than that, or nothing comes of it.
+    """
+    check_template(template)
+    template = _plain(template)
+    if not any(match[1] == "Response" for match in _FIELD.finditer(template)):
+        template += "{{ .Response }}"
+    rounds: list[dict[str, str]] = [{}]
+    for field, text in _joined(messages):
+        if any(_ORDER[field] <= _ORDER[earlier] for earlier in rounds[-1]):
+            rounds.append({})
+        rounds[-1][field] = text
+    parts = [part for one in rounds[:-1] for part in _filled(template, one)]
+    parts += _filled(template, rounds[-1], is_last=True)
+    if not any(text for text, _ in parts):
+        raise _nothing_to_go_on()
+    return parts
+
+
+def _joined(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Each turn's field and text, those that follow each other in one field put together."""
+    found: list[tuple[str, str]] = []
+    for message in messages:
+        field = {"system": "System", "assistant": "Response"}.get(message.role, "Prompt")
+        if found and found[-1][0] == field:
+            found[-1] = (field, f"{found[-1][1]}\n\n{message.content}")
+        else:
+            found.append((field, message.content))
+    return found
+
+
+def _filled(template: str, values: Mapping[str, str], *, is_last: bool = False) -> list[tuple[str, bool]]:
+    text = _IF.sub(lambda match: match[2] if values.get(match[1]) else "", template)
+    if is_last:
+        end = next((match.end() for match in _FIELD.finditer(text) if match[1] == "Response"), len(text))
+        text = text[:end]
+    pieces = _FIELD.split(text)  # every other one is the name of a field
+    return [(values.get(piece, ""), True) if place % 2 else (piece, False) for place, piece in enumerate(pieces)]
+
+
+def _plain(template: str) -> str:
+    """A template without comments, and with the white space gone that `{{-` and `-}}` take away."""
+    text = _COMMENT.sub("", template)
+    return re.sub(r"\s-\}\}\s*", " }}", re.sub(r"\s*\{\{-\s", "{{ ", text))

@@ -28,6 +28,7 @@ from engine.errors import (
     error_of_json,
 )
 from lsp_server import running
+from lsp_server.process_marks import own_facts
 from tests.command_line import Said
 from tests.integration.test_http_beside import call, url_of
 from tests.integration.test_language_server import FIXED, SERVER, TEXT, ask_for_patch, opened
@@ -183,6 +184,24 @@ def test_of_two_editors_the_one_that_has_the_file_open_is_asked(desk: Desk) -> N
     assert (second.text(uri), desk.on_disk()) == (PATCHED, TEXT)
 
 
+def test_what_the_editor_has_applied_is_applied_already_as_on_disk(desk: Desk) -> None:
+    """It was `stale_text`: "Ask for the patch again"."""
+    client = desk.editor()
+    uri, patch_id = applied(desk, client)
+    url_of(client)
+    in_editor = desk.ledger("apply", patch_id)
+    expected = f"usage: {patch_id} is in its file already: it is applied.\n  Roll it back first to apply it anew.\n"
+    assert (in_editor.code, in_editor.err) == (2, expected)
+    assert (client.text(uri), desk.on_disk()) == (PATCHED, TEXT)
+    client.set_text(uri, "# above\n" + PATCHED)
+    assert desk.ledger("apply", patch_id).err == expected
+    desk.file.write_bytes(PATCHED.encode())
+    on_disk = desk.ledger("apply", patch_id, "--disk")
+    assert (on_disk.code, on_disk.err) == (2, expected)
+    client.set_text(uri, PATCHED.replace("a + b", "b + a"))
+    assert desk.ledger("apply", patch_id, "--json").json["error"]["code"] == "stale_text"
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +273,23 @@ def test_files_that_ended_or_other_processes_left_behind_are_passed_over(desk: D
     os.utime(younger, (before, before))
     said = desk.ledger("rollback", patch_id)
     assert (said.code, desk.on_disk()) == (0, TEXT)
+
+
+def test_a_number_that_another_program_has_now_and_a_zombie_are_no_server(desk: Desk) -> None:
+    """They blocked roll-back for good: "Close the file there, or end it"."""
+    patch_id = written(desk)
+    facts = own_facts()
+    taken = stand_in(desk, **{**facts, "started_at": facts["started_at"] - 60})
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    mark = desk.home / "servers" / f"{zombie.pid}.json"
+    mark.write_text(json.dumps({"pid": zombie.pid, "client": "test"}))
+    deadline = time.monotonic() + 20
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    said = desk.ledger("rollback", patch_id)
+    zombie.wait()
+    assert (said.code, desk.on_disk()) == (0, TEXT), said.err
+    assert not taken.exists() and not mark.exists()
 
 
 def test_a_server_without_an_editor_is_not_asked(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from fastapi import FastAPI
 
 from engine.patching.ledger import Ledger
 from lsp_server.http.app import make_app
+from lsp_server.http.edits import PlanBody, _check_length, _find  # pyright: ignore[reportPrivateUsage]
+from lsp_server.http.errors import HttpError
 from lsp_server.http.service import Service
 from lsp_server.model_host import ModelHost
 from lsp_server.paths import Paths
@@ -111,6 +114,11 @@ def test_a_host_of_another_name_is_refused(host: str, status: int, tmp_path: Pat
     [
         ("http://localhost:3000", 200),
         ("https://127.0.0.1", 200),
+        ("http://app.localhost", 200),
+        ("https://a.b.localhost:5173", 200),
+        ("ftp://app.localhost", 403),
+        ("http://app.localhost.evil.example", 403),
+        ("http://evillocalhost", 403),
         ("http://0.0.0.0:1", 200),
         ("app://obsidian.md", 200),
         ("tauri://localhost", 200),
@@ -156,7 +164,8 @@ def test_what_changes_or_tells_something_needs_the_runtime_token(
     method: str, path: str, body: bytes, tmp_path: Path
 ) -> None:
     app = application(tmp_path)
-    assert ask(app, method, path, body=body).status == 401
+    refused = ask(app, method, path, body=body)
+    assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
     assert ask(app, method, path, {"authorization": "Bearer wrong"}, body).status == 401
     assert ask(app, method, path, {"authorization": f"Bearer {TOKEN}"}, body).status not in (401, 403, 405)
     assert ask(app, method, path, {"x-planpatch-token": TOKEN}, body).status not in (401, 403, 405)
@@ -164,7 +173,8 @@ def test_what_changes_or_tells_something_needs_the_runtime_token(
 
 def test_with_a_token_of_the_user_every_request_needs_it(tmp_path: Path) -> None:
     app = application(tmp_path, token="mine")
-    assert ask(app, "GET", "/api/version").status == 401
+    refused = ask(app, "GET", "/api/version")
+    assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
     assert ask(app, "GET", "/api/version", {"authorization": "Bearer mine"}).status == 200
 
 
@@ -191,6 +201,33 @@ def test_a_body_is_json_whatever_its_type_says(body: bytes, status: int, said: s
         assert answer.status == status
         assert said in answer.body.decode()
         assert isinstance(answer.json["error"], str)
+
+
+def test_a_compressed_body_is_refused_by_the_name_of_its_header(tmp_path: Path) -> None:
+    """It was said to be no JSON."""
+    app, body = application(tmp_path), b'{"model": "x"}'
+    answer = ask(app, "POST", "/api/show", {"content-encoding": "gzip"}, gzip.compress(body))
+    assert (answer.status, answer.json) == (
+        415,
+        {"error": "Content-Encoding: gzip is not supported; send the body as it is"},
+    )
+    assert ask(app, "POST", "/api/show", {"content-encoding": "identity"}, body).status == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"intent": "x", "code_paste": "x = 1\n" * 400_000}, "code_paste is larger than 2,000,000 bytes"),
+        ({"intent": "x " * 50_000, "code_paste": "x = 1"}, "The intent has 100,000 characters"),
+    ],
+)
+def test_what_is_too_large_is_413_wherever_it_stands(body: Any, said: str, tmp_path: Path) -> None:
+    """Pasted code was 400 `source`, where a file of that size was 413."""
+    with pytest.raises(HttpError) as caught:
+        _check_length(body["intent"])
+        _find(Any, PlanBody.model_validate(body))  # type: ignore[arg-type]
+    assert (caught.value.status, caught.value.code) == (413, "too_large")
+    assert said in caught.value.message
 
 
 def test_errors_have_the_shape_of_the_api_that_was_called(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_what_is_outside_of_the_root_is_refused(path: str, root: Path) -> None:
         found(root, paths=[path])
 
 
+def test_a_link_that_leads_back_to_itself_is_told_as_such(root: Path) -> None:
+    """It was "it is no path"."""
+    (root / "loop.py").symlink_to("loop.py")
+    (root / "there.py").symlink_to("back.py")
+    (root / "back.py").symlink_to("there.py")
+    for name in ("loop.py", "there.py", "loop.py/x.py"):
+        with pytest.raises(HttpError, match="is a symbolic link that leads back to itself") as caught:
+            found(root, paths=[name])
+        assert caught.value.status == 400
+
+
 def test_without_a_root_no_path_is_read_and_nothing_is_scanned_unasked(root: Path) -> None:
     with pytest.raises(PathError, match="none is set"):
         found(None, paths=[str(root / "a.py")])

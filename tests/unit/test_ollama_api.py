@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from engine.inference.protocol import GenerationRequest
+from engine.inference.protocol import GenerationRequest, Message
 from lsp_server.http.cleaning import cleaned
 from lsp_server.http.ollama import NO_THINK_SYSTEM
 from lsp_server.http.ollama_bodies import keep_alive_s
+from lsp_server.http.prompting import in_rounds
 from tests.http_server import SCRIPTED, ScriptedChat, call, listen
 from tests.scripted_engine import Reply
 
 NANOSECONDS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+TOKEN = {"Authorization": "Bearer t0ken"}
 COUNTS = ("prompt_eval_count", "eval_count")
 
 
@@ -30,6 +32,7 @@ def engine(tmp_path: Path) -> ScriptedChat:
 
 @pytest.fixture
 def url(engine: ScriptedChat, tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "home").mkdir()
     with listen(engine, tmp_path / "home") as url:
         yield url
 
@@ -108,11 +111,16 @@ def test_a_model_may_be_named_in_several_ways_and_is_echoed(name: str, url: str)
         ({"model": SCRIPTED, "prompt": "x", "options": {"stop": [1]}}, 400, "stop"),
         ({"model": SCRIPTED, "prompt": "x", "format": "yaml"}, 400, "invalid format"),
         ({"model": SCRIPTED, "prompt": "x", "format": {"type": "strin"}}, 400, "invalid JSON schema"),
-        ({"model": SCRIPTED, "prompt": "x", "think": "loud"}, 400, "invalid think value"),
+        ({"model": SCRIPTED, "prompt": "x", "think": "loud"}, 400, 'invalid think value: "loud" (must be "high", '),
+        ({"model": SCRIPTED, "prompt": "x", "think": 5}, 400, 'invalid think value: 5 (must be "high", "medium", '),
+        ({"model": SCRIPTED, "prompt": "x", "think": []}, 400, "invalid think value: []"),
         ({"model": SCRIPTED, "prompt": "x", "keep_alive": "soon"}, 400, "invalid duration"),
         ({"model": SCRIPTED, "prompt": "x", "images": ["aGk="]}, 400, "does not support vision"),
         ({"model": SCRIPTED, "prompt": "x", "raw": True, "system": "s"}, 400, "raw mode"),
         ({"model": SCRIPTED, "prompt": "x", "template": "{{ range .Messages }}"}, 400, "template"),
+        ({"model": SCRIPTED, "prompt": "x", "template": "{{ if .System }}{{ .Tools }}{{ end }}"}, 400, "template"),
+        ({"model": SCRIPTED, "prompt": "x", "template": "{{ .Response }}"}, 400, "the prompt is empty once it is in"),
+        ({"model": SCRIPTED, "prompt": "x", "template": "{{ .System }}"}, 400, "the prompt is empty once it is in"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_stream(body: Any, status: int, said: str, url: str) -> None:
@@ -156,6 +164,100 @@ def test_system_raw_template_suffix_and_context(engine: ScriptedChat, url: str) 
     fim = [engine.tokenizer.token_id(f"<|fim_{part}|>") for part in ("prefix", "suffix", "middle")]  # type: ignore[attr-defined]
     ids = asked(engine).prompt_token_ids
     assert [token_id for token_id in ids if token_id in fim] == fim and ids[0] == fim[0] and ids[-1] == fim[2]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "prompt"),
+    [
+        ("[{{ .System }}|{{ .Prompt }}]", [("system", "S"), ("user", "U")], "[S|U]"),
+        ("Q: {{ .Prompt }}\nA: {{ .Response }}\n", [("user", "U"), ("assistant", "a"), ("user", "V")],
+         "Q: U\nA: a\nQ: V\nA: "),
+        ("Q: {{ .Prompt }}\nA: {{ .Response }}\n", [("user", "U"), ("assistant", "a")], "Q: U\nA: a"),
+        ("{{ if .System }}<{{ .System }}>{{ end }}{{ .Prompt }}={{ .Response }};",
+         [("system", "S"), ("user", "U"), ("assistant", "a"), ("user", "V"), ("user", "W")], "<S>U=a;V\n\nW="),
+        ("{{- /* turns */ -}}\n{{ .System }} :{{- if .Prompt }} {{ .Prompt }} {{- end }}>",
+         [("user", "U"), ("system", "T"), ("user", "V")], " : U>T : V>"),
+        ("{{ .Prompt }}>{{ .Response }}", [("assistant", "a"), ("user", "é🙂\r\n\t\f")], ">aé🙂\r\n\t\f>"),
+    ],
+)  # fmt: skip
+def test_a_template_is_filled_once_for_each_round(template: str, turns: list[tuple[str, str]], prompt: str) -> None:
+    messages = [Message(role, content) for role, content in turns]  # type: ignore[arg-type]
+    assert "".join(text for text, _ in in_rounds(template, messages)) == prompt
+
+
+def created(url: str, **body: Any) -> int:
+    return call(f"{url}/api/create", {"model": "mine", "from": SCRIPTED, "stream": False, **body}, TOKEN)[0]
+
+
+def test_a_created_model_answers_in_its_own_template(engine: ScriptedChat, url: str) -> None:
+    """The template was kept, shown, and used by generate alone."""
+    template = "{{ if .System }}S: {{ .System }}\n{{ end }}<|im_start|>Q: {{ .Prompt }}\nA: {{ .Response }}\n"
+    assert created(url, template=template, system="be kind") == 200
+    turns = [("user", "one"), ("assistant", "1"), ("user", "<|im_end|>two")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    prompts = []
+    for path in ("api/chat", "v1/chat/completions"):
+        assert call(f"{url}/{path}", {"model": "mine", "messages": messages, "stream": False})[0] == 200
+        prompts.append(prompt_of(engine))
+        ids = asked(engine).prompt_token_ids
+        start, end = (engine.tokenizer.token_id(f"<|im_{word}|>") for word in ("start", "end"))  # type: ignore[attr-defined]
+        assert (ids.count(start), ids.count(end)) == (2, 0), "the template's own tokens are special, a turn's are not"
+    assert prompts == ["S: be kind\nQ: one\nA: 1\nQ: <|im_end|>two\nA: "] * 2
+    assert call(f"{url}/api/generate", {"model": "mine", "prompt": "one", "stream": False})[0] == 200
+    assert prompt_of(engine) == "S: be kind\nQ: one\nA: "
+    tools = {"model": "mine", "messages": messages, "tools": [TOOL]}
+    for path in ("api/chat", "v1/chat/completions"):
+        assert call(f"{url}/{path}", tools)[0] == 400, "the template has no place for them"
+    assert "tools" not in call(f"{url}/api/show", {"model": "mine"})[1]["capabilities"]
+    assert created(url, template="{{ .Response }}") == 200
+    assert call(f"{url}/api/chat", {"model": "mine", "messages": messages[:1]})[0] == 400
+
+
+def test_a_created_model_keeps_its_first_turns_and_licences(engine: ScriptedChat, url: str) -> None:
+    """Both were dropped, and `success` said."""
+    first = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    assert created(url, messages=first, license="Mine", system="SYS", quantize="") == 200
+    assert created(url, **{"model": "again", "from": "mine"}) == 200
+    asks = [{"role": "user", "content": "hi"}]
+    expected = "system\nSYS\nuser\nping\nassistant\npong\nuser\nhi\nassistant\n"
+    for name, path in (("mine", "api/chat"), ("again", "v1/chat/completions")):
+        assert call(f"{url}/{path}", {"model": name, "messages": asks, "stream": False})[0] == 200
+        assert prompt_of(engine) == expected
+    assert call(f"{url}/api/generate", {"model": "mine", "prompt": "hi", "stream": False})[0] == 200
+    assert prompt_of(engine) == expected
+    shown = call(f"{url}/api/show", {"model": "mine"})[1]
+    assert (shown["license"], shown["messages"]) == ("Mine", first)
+    assert 'MESSAGE assistant """pong"""\nLICENSE """Mine"""\n' in shown["modelfile"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"quantize": "q4_K_M"}, "quantize: q4_K_M is not supported; models are kept as they are"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "invalid role"),
+        ({"messages": "x"}, "messages"),
+        ({"license": 5}, "license"),
+        ({"template": "{{ range .Messages }}{{ end }}"}, "the template uses more than"),
+    ],
+)
+def test_what_create_cannot_do_is_refused_and_nothing_is_made(body: Any, said: str, url: str) -> None:
+    status, answer = call(f"{url}/api/create", {"model": "mine", "from": SCRIPTED, **body}, TOKEN)
+    assert status == 400 and said in answer["error"]
+    assert call(f"{url}/api/show", {"model": "mine"})[0] == 404
+
+
+def test_show_has_a_line_for_each_stop_string(url: str) -> None:
+    """It was one line with a JSON list, which no client reads."""
+    assert created(url, parameters={"stop": ["a b", '"q"', "é"], "temperature": 0.5, "unheard_of": 1}) == 200
+    shown = call(f"{url}/api/show", {"model": "mine"})[1]
+    lines = ['"a b"', '"\\"q\\""', '"é"']
+    assert shown["parameters"].splitlines()[:4] == [
+        *(f"{'stop':<30} {one}" for one in lines),
+        f"{'temperature':<30} 0.5",
+    ]
+    assert [line for line in shown["modelfile"].splitlines() if "stop" in line] == [
+        f"PARAMETER stop {one}" for one in lines
+    ]
 
 
 def test_the_oldest_turns_go_where_the_chat_does_not_fit(tmp_path: Path) -> None:

@@ -225,7 +225,14 @@ def test_thinking_is_told_apart_however_it_is_cut(size: int, text: str, thinking
         ({"messages": None}, "messages", "required"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "required"),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages", 'invalid role: "robot"'),
+        (
+            {"messages": [{"role": "robot", "content": "hi"}]},
+            "messages",
+            'invalid role: "robot"; must be one of system, developer, user, assistant, tool, function',
+        ),
+        ({"logit_bias": {"50256": -100}}, "logit_bias", "not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "not supported; use tools"),
+        ({"function_call": {"name": "f"}}, "function_call", "not supported; use tools and tool_choice"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "warm"}, "temperature", "number"),
         ({"top_p": -1}, "top_p", "greater than or equal to 0"),
@@ -269,6 +276,17 @@ def test_a_wrong_field_is_named(silent: Server, wrong: Any, param: str, message:
     status, found, said = silent.fault("chat/completions", **{**CHAT, **wrong})
     assert (status, found) == (400, param)
     assert message in said
+
+
+def test_what_changes_nothing_is_no_reason_to_refuse(serve: Callable[..., Server]) -> None:
+    """And an older client's history, with `function_call` and the role `function`, is read."""
+    server = serve(["yes"] * 2)
+    nothing: dict[str, Any] = {"logit_bias": {}, "functions": [], "function_call": "none"}
+    older = {"role": "assistant", "content": None, "function_call": {"name": "time", "arguments": ""}}
+    nothing["messages"] = [*HI, older, {"role": "function", "name": "time", "content": "noon"}]
+    assert server.post("chat/completions", model=SCRIPTED, **nothing)[0] == 200
+    assert server.engine.prompts == ["user\nhi\nassistant\ntime{}\ntool\nnoon\nassistant\n"]
+    assert server.post("completions", model=SCRIPTED, prompt="a", best_of=1, logit_bias=None)[0] == 200
 
 
 def test_an_image_is_refused_clearly(silent: Server) -> None:
@@ -483,6 +501,8 @@ def test_max_tokens_0_only_counts(serve: Callable[..., Server]) -> None:
         ({"prompt": [1, 2], "suffix": "x"}, "suffix"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "logit_bias": {"1": 5}}, "logit_bias"),
     ],
 )
 def test_a_wrong_completion_is_named(silent: Server, wrong: Any, param: str) -> None:

@@ -100,6 +100,19 @@ def test_environment_variables_old_and_new(variables: dict[str, str], expected: 
     assert (changed(settings), problems) == (expected, [])
 
 
+def test_an_origin_that_cannot_be_used_takes_no_other_with_it() -> None:
+    """One bad word dropped the whole list."""
+    variable = "http://a.example,*,b.example,chrome-extension://*,http://*,https://*:443,http://*.c.example:*"
+    settings, problems = load_settings(env={"OLLAMA_ORIGINS": variable})
+    assert settings.origins == ("http://a.example", "chrome-extension://*")
+    [said] = [str(problem) for problem in problems]
+    assert said.startswith("environment variable OLLAMA_ORIGINS: '*' is refused on purpose")
+    for word in ("'b.example' is no origin", "'http://*' is refused", "'https://*:443' is refused"):
+        assert word in said
+    assert said.endswith("'http://*.c.example:*' has more than one *; the others stand.")
+    assert settings.source_of("origins") == "environment variable OLLAMA_ORIGINS"
+
+
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
@@ -139,8 +152,11 @@ def test_environment_variables_old_and_new(variables: dict[str, str], expected: 
         ({"lsp": {"plan": 3}}, "editor setting planpatch.plan: there is no such setting."),
         ({"lsp": {"token": "a\nb"}}, "editor setting planpatch.token: expected text on one line; the default stands."),
         ({"lsp": {"origins": ["localhost"]}},
-         "editor setting planpatch.origins: ['localhost'] cannot be used: 'localhost' is no origin;"
+         "editor setting planpatch.origins: 'localhost' is no origin;"
          " expected scheme://host or scheme://host:port; the default stands."),
+        ({"env": {"OLLAMA_ORIGINS": "*"}},
+         "environment variable OLLAMA_ORIGINS: '*' is refused on purpose, because every web page could call then;"
+         " write the pages that may, such as https://app.example or https://*.team.example; the default stands."),
         ({"lsp": {"presets": {"Bad Name": "x"}}},
          "editor setting planpatch.presets: {'Bad Name': 'x'} cannot be used: 'Bad Name' is no preset name;"
          " expected small letters, digits and hyphens, at most 40; it is left out."),
