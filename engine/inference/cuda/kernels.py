@@ -12,7 +12,7 @@ cache for their first weights, and then wait for their inputs.
 Not covered: head sizes that are no power of two, sliding windows, gradients.
 """
 
-# pyright: reportUnreachable=false, reportPossiblyUnbound=false, reportArgumentType=false, reportOptionalOperand=false
+# pyright: reportUnreachable=false, reportPossiblyUnboundVariable=false, reportArgumentType=false, reportOptionalOperand=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: SIM300, D403
 

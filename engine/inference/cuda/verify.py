@@ -4,7 +4,7 @@ By torch's own operations that takes a dozen kernels and four waits for the devi
 Not covered: sampling, and more than two likeliest tokens, which `sampling.py` does by torch.
 """
 
-# pyright: reportUnreachable=false, reportPossiblyUnbound=false, reportArgumentType=false, reportOptionalOperand=false
+# pyright: reportUnreachable=false, reportPossiblyUnboundVariable=false, reportArgumentType=false, reportOptionalOperand=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
