@@ -9,6 +9,7 @@ rates of prefill and decode, prompt reuse counted in its favour.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import subprocess
@@ -265,14 +266,15 @@ def measure(
     found: dict[str, Figures] = {}
     copy_gb_per_s = copy_rate(loaded.device)
     if "planpatch" in backends:
-        say("planpatch: decode by width")
         _reset_peak(loaded.device)
-        widths = measure_widths(loaded, config, sizes)
         with InProcessEngine(loaded.name, loaded.folder, lambda: loaded, digest=loaded.digest, config=config) as engine:
             engine.wait_until_ready()
             figures = found["planpatch"] = _measure_backend(EngineBackend(engine), workload, sizes, say)
-        figures.decode_ms, figures.decode_sequences_ms = widths
         figures.peak_memory_gb = _peak_memory_gb(loaded.device)
+        del engine
+        _reset_peak(loaded.device)
+        say("planpatch: decode by width")
+        figures.decode_ms, figures.decode_sequences_ms = measure_widths(loaded, config, sizes)
     for name, lookup_tokens in (("generate", 0), ("generate_lookup", _LOOKUP_TOKENS)):
         if name in backends:
             _reset_peak(loaded.device)
@@ -388,6 +390,8 @@ def measure_widths(
             if runner.most_drafts(1) >= width - 1:
                 drafts[str(width)] = _median_ms(step, loaded.device, sizes.num_repeats)
         for width in sizes.widths:
+            if not runner.has_room([(runner.new_kv_cache(), 128)] * width):  # a page of its own each, and drafts
+                break
             caches = [first.copy_prefix(CONTEXT_TOKENS) for _ in range(width)]
 
             def step_all(caches: Sequence[Any] = caches) -> None:
@@ -465,6 +469,7 @@ def _synchronize(device: torch.device) -> None:
 def _reset_peak(device: torch.device) -> None:
     import torch
 
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

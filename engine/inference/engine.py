@@ -103,13 +103,13 @@ class _Sequence:
     detokenizer: Detokenizer
     stop_text: StopText
     lookup: PromptLookup
-    draft_length: DraftLength
     events: queue.SimpleQueue[list[Event] | PlanPatchError] = field(default_factory=queue.SimpleQueue)
     is_cancelled: bool = False
     is_admitted: bool = False
     kv_cache: SequenceCache | None = None
     sampler: Sampler | None = None
     matcher: GrammarMatcher | None = None
+    draft_length: DraftLength = field(default_factory=lambda: DraftLength(0, 0))
     top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     hidden_sum: torch.Tensor | None = None  # of an embed request: [hidden_size], fp32
     num_draft_tokens: int = 0
@@ -233,7 +233,6 @@ class InProcessEngine:
                 detokenizer=Detokenizer(self._tokenizer),
                 stop_text=StopText(request.params.stop),
                 lookup=PromptLookup(request.prompt_token_ids),
-                draft_length=DraftLength(1, self._config.max_draft_tokens),
             )
             self._sequences[sequence.id] = self._unstreamed[sequence.id] = sequence
             self._changed.notify_all()
@@ -528,6 +527,7 @@ class InProcessEngine:
         sequence.sampler = Sampler(
             request.params, request.prompt_token_ids, loaded.vocab_size, loaded.device, self._runner.greedy
         )
+        sequence.draft_length = DraftLength(self._runner.least_drafts, self._config.max_draft_tokens)
         if request.params.grammar is not None:
             sequence.matcher = self._compiler().compile(request.params.grammar)
         if not request.embed:  # an embedding needs every hidden state

@@ -69,6 +69,11 @@ class Runner(Protocol):
         """What chooses greedily in one go, if there is such a kernel."""
         ...
 
+    @property
+    def least_drafts(self) -> int:
+        """So many draft tokens cost next to nothing, however seldom they are right."""
+        ...
+
     def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
         """Whether caches can gain so many tokens each."""
         ...
@@ -124,6 +129,7 @@ class ReferenceRunner:
     name = "transformers"
     num_kv_tokens = None
     greedy = None
+    least_drafts = 1
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         on_gpu = loaded.device.type != "cpu"

@@ -38,6 +38,7 @@ class FusedRunner:
     name = "fused CUDA kernels"
     max_rows = CudaRunner.max_decode_tokens
     chunk_tokens = CudaRunner.chunk_tokens
+    least_drafts = 7
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._loaded = loaded
