@@ -33,6 +33,7 @@ from lsp_server.doctor_machine import (
     Check,
     bitsandbytes_checks,
     cpu_checks,
+    kernel_checks,
     package_checks,
     python_checks,
     torch_checks,
@@ -73,6 +74,7 @@ def examine(environ: Mapping[str, str]) -> list[Check]:
             "packages": package_checks,
             "torch": torch_checks,
             "bitsandbytes": bitsandbytes_checks,
+            "kernels": kernel_checks,
             "cpu": cpu_checks,
         }.items():
             status.note(f"looking at {name}")

@@ -362,6 +362,26 @@ def bitsandbytes_checks() -> list[Check]:
     return [Check("bitsandbytes", "problem", f"{found} cannot be used on the GPU: {bad}", fix)]
 
 
+def kernel_checks() -> list[Check]:
+    """Whether our own CUDA kernels can run, which need Triton.
+
+    Returns:
+        One check on a machine with a CUDA GPU, else none.
+    """
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return []
+    if torch.cuda.get_device_capability() < (8, 0):
+        return [Check("kernels", "ok", "the GPU is older than our kernels: models run on transformers' modules")]
+    try:
+        triton: Any = importlib.import_module("triton")
+    except Exception as fault:  # on Windows it is a package of its own, with native libraries
+        reason = f"{type(fault).__name__}: {fault}"
+        detail = f"Triton cannot be loaded ({reason}): models run on transformers' modules, several times slower"
+        return [Check("kernels", "warning", detail, pip_install("triton-windows" if os.name == "nt" else "triton"))]
+    return [Check("kernels", "ok", f"Triton {triton.__version__} compiles the fast path's kernels")]
+
+
 # --- CPU and memory --------------------------------------------------------------------------------------------------
 
 
