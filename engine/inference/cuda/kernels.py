@@ -181,12 +181,15 @@ NF4_VALUES = (
 
 
 def nf4_table(values: Sequence[int]) -> list[int]:
-    """Sixteen 16-bit values as eight int32, for lookups by `prmt`: four of high bytes, then four of low bytes."""
+    """Sixteen 16-bit values as eight int32, for lookups by `prmt`: four of high bytes, then four of low bytes.
+
+    Four numbers follow by which `_scale_of_block` knows blocks 0 to 3.
+    """
     table: list[int] = []
     for shift in (8, 0):
         data = bytes(value >> shift & 0xFF for value in values)
         table += [int.from_bytes(data[start : start + 4], "little", signed=True) for start in (0, 4, 8, 12)]
-    return table
+    return table + [0x1010 + 0x2222 * block if USE_ASM else block for block in range(4)]
 
 
 # Eight weights of a register: the low three bits of each index choose in both halves of the table, four indices at a
@@ -246,6 +249,28 @@ def _widen_nf4(packed, table, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexp
 
 
 @triton.jit
+def _scale_of_block(scales, more_scales, block, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Of up to four 16-bit scales in two int32 that of `block`, a number from the end of `nf4_table`.
+
+    Triton 3.6 moves the layout change ahead of the unpacking, where it is free, only if all operands come from loads.
+    """
+    if ASM:
+        asm: tl.constexpr = "prmt.b32 $0, $1, $3, $5;"
+        constraints: tl.constexpr = "=r,r,r,r,r,r,r"
+        if DTYPE == tl.float16:
+            return tl.inline_asm_elementwise(
+                asm, constraints, [scales, more_scales, block], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                asm, constraints, [scales, more_scales, block], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+    else:
+        chosen = tl.where(block < 2, scales, more_scales) >> (block % 2 * 16)
+        return chosen.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def _nf4_value(packed, table, shift: tl.constexpr):
     """What the interpreter does instead of the lookup: the 16-bit patterns come from the table's bytes."""
     index = (packed.to(tl.int32) >> shift) & 15
@@ -272,7 +297,7 @@ def _prefetch(pointers, num_bytes):
 
 @triton.jit
 def _add_product(
-    accumulator, x, w, scale, cols, rows, k_start, num_rows, values, table,
+    accumulator, x, w, scale, cols, rows, k_start, num_rows, values, table, block_of_word,
     N: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     KIND: tl.constexpr, EVEN_N: tl.constexpr, SCALE_STRIDE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -283,18 +308,15 @@ def _add_product(
         t0, t1, t2, t3, t4, t5, t6, t7 = table
         word = k_start // 4 + tl.arange(0, BK // 4)
         w_at = w + cols[:, None] * KB + word[None, :]
-        block_of_word = tl.arange(0, BK // 4)[None, :] // (_BLOCK // 4)
-        factor = tl.zeros([BN, BK // 4], dtype=DTYPE)
-        for pair in tl.static_range(BK // (2 * _BLOCK)):
-            scale_at = scale + (k_start // (2 * _BLOCK) + pair) * SCALE_STRIDE + cols
-            if EVEN_N:
-                scales = tl.load(scale_at)
-            else:
-                scales = tl.load(scale_at, mask=cols < N, other=0)
-            even_scale = scales.to(tl.int16).to(DTYPE, bitcast=True)
-            odd_scale = (scales >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-            factor = tl.where(block_of_word == 2 * pair, even_scale[:, None], factor)
-            factor = tl.where(block_of_word == 2 * pair + 1, odd_scale[:, None], factor)
+        PAIRS: tl.constexpr = BK // (2 * _BLOCK)
+        scale_at = scale + (k_start // (2 * _BLOCK)) * SCALE_STRIDE + cols
+        if EVEN_N:
+            scales = tl.load(scale_at)
+            more_scales = tl.load(scale_at + (PAIRS - 1) * SCALE_STRIDE)
+        else:
+            scales = tl.load(scale_at, mask=cols < N, other=0)
+            more_scales = tl.load(scale_at + (PAIRS - 1) * SCALE_STRIDE, mask=cols < N, other=0)
+        factor = _scale_of_block(scales[:, None], more_scales[:, None], block_of_word, DTYPE, ASM)
         if EVEN_N:
             packed = tl.load(w_at)
         else:
@@ -405,6 +427,7 @@ def linear_kernel(
         gdc_wait()
     accumulator = tl.zeros([BN, BM], dtype=tl.float32)
     table = (0, 0, 0, 0, 0, 0, 0, 0)
+    block_of_word = 0
     if KIND == KIND_NF4:
         # one copy a row, so that the compiler keeps the table in registers of each thread instead of shared ones
         at = values + (cols // N)[:, None]
@@ -412,16 +435,17 @@ def linear_kernel(
             tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
             tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
         )  # fmt: skip
+        block_of_word = tl.load(values + 8 + tl.arange(0, BK // 4) // (_BLOCK // 4))[None, :]
     if SILU:
         ups = tl.zeros([BN, BM], dtype=tl.float32)
         up_scale = scale + N // 2
         for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
             accumulator = _add_product(
-                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table,
+                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table, block_of_word,
                 NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
             )  # fmt: skip
             ups = _add_product(
-                ups, x, w_up, up_scale, cols, rows, first + k, num_rows, values, table,
+                ups, x, w_up, up_scale, cols, rows, first + k, num_rows, values, table, block_of_word,
                 NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
             )  # fmt: skip
         accumulator = _finished(
@@ -438,7 +462,7 @@ def linear_kernel(
     else:
         for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
             accumulator = _add_product(
-                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table,
+                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table, block_of_word,
                 N, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
             )  # fmt: skip
         accumulator = _finished(

@@ -102,7 +102,7 @@ def candidate_tiles(
             or (splits > 1 and (not can_split or num_programs > 600))
             or not (num_programs >= 100 or splits == 8 or not can_split or num_inputs % (inputs * splits * 2) != 0)
             or not 20_000 <= num_bytes <= 200_000
-            or (num_warps == 8 and cols < 128)
+            or (num_warps == 8) != (cols == 128)
             or prefetch > num_inputs // splits * _BITS[kind] // 8
         ):
             continue
