@@ -35,9 +35,9 @@ NF4_BLOCK = 64  # weights that share a scale
 QUERY_TOKENS = 16  # tokens of one sequence that read its keys and values together
 
 # A context is attended in segments whose borders depend on positions alone.
-NEAR_TOKENS = 128
-FAR_TOKENS = 512
-FAR_FROM = 4096
+NEAR_TOKENS = 64
+FAR_TOKENS = 256
+FAR_FROM = 2048
 _NEAR = tl.constexpr(NEAR_TOKENS)
 _FAR = tl.constexpr(FAR_TOKENS)
 _FAR_FROM = tl.constexpr(FAR_FROM)
@@ -299,7 +299,7 @@ def _prefetch(pointers, num_bytes):
 def _add_product(
     accumulator, x, w, scale, cols, rows, k_start, num_rows, values, table, block_of_word,
     N: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
-    KIND: tl.constexpr, EVEN_N: tl.constexpr, SCALE_STRIDE: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr, EVEN_N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """accumulator `[BN, BM]` plus a block of weights times a block of inputs."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -309,13 +309,13 @@ def _add_product(
         word = k_start // 4 + tl.arange(0, BK // 4)
         w_at = w + cols[:, None] * KB + word[None, :]
         PAIRS: tl.constexpr = BK // (2 * _BLOCK)
-        scale_at = scale + (k_start // (2 * _BLOCK)) * SCALE_STRIDE + cols
+        scale_at = scale + (k_start // (2 * _BLOCK)) * N + cols
         if EVEN_N:
             scales = tl.load(scale_at)
-            more_scales = tl.load(scale_at + (PAIRS - 1) * SCALE_STRIDE)
+            more_scales = tl.load(scale_at + (PAIRS - 1) * N)
         else:
             scales = tl.load(scale_at, mask=cols < N, other=0)
-            more_scales = tl.load(scale_at + (PAIRS - 1) * SCALE_STRIDE, mask=cols < N, other=0)
+            more_scales = tl.load(scale_at + (PAIRS - 1) * N, mask=cols < N, other=0)
         factor = _scale_of_block(scales[:, None], more_scales[:, None], block_of_word, DTYPE, ASM)
         if EVEN_N:
             packed = tl.load(w_at)
@@ -407,68 +407,52 @@ def linear_kernel(
     of ORDER.
     lora_t: fp32 `[LORA_SPLITS, num_rows, LORA_PARTS, RANK]`; lora_b: `[N, RANK]`.
     """
+    OUT_BN: tl.constexpr = BN // 2 if SILU else BN
     NUM_COLS: tl.constexpr = N // 2 if SILU else N
-    EVEN_N: tl.constexpr = NUM_COLS % BN == 0
+    EVEN_N: tl.constexpr = NUM_COLS % OUT_BN == 0
     KB: tl.constexpr = K if KIND == KIND_16BIT else K // 4
     tile = tl.program_id(0)
     split = tl.program_id(1)
     num_inputs = K // tl.num_programs(1)
     first = tl.multiple_of(split * num_inputs, BK)
-    cols = tile * BN + tl.arange(0, BN)
     rows = tl.arange(0, BM)
-    w_up = w + (N // 2) * KB
+    outputs = tl.arange(0, BN)  # rows of w: with SILU half a tile of gates, then their ups
+    if SILU:
+        outputs = tile * OUT_BN + outputs % OUT_BN + outputs // OUT_BN * (N // 2)
+    else:
+        outputs = tile * BN + outputs
     if PDL and prefetch_bytes > 0:
-        at = w + tl.minimum(cols, NUM_COLS - 1) * KB + split * (num_inputs // (K // KB))
+        at = w + tl.minimum(outputs, N - 1) * KB + split * (num_inputs // (K // KB))
         _prefetch(at, tl.zeros([BN], tl.int32) + prefetch_bytes)
-        if SILU:
-            _prefetch(at + (N // 2) * KB, tl.zeros([BN], tl.int32) + prefetch_bytes)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    accumulator = tl.zeros([BN, BM], dtype=tl.float32)
     table = (0, 0, 0, 0, 0, 0, 0, 0)
     block_of_word = 0
     if KIND == KIND_NF4:
         # one copy a row, so that the compiler keeps the table in registers of each thread instead of shared ones
-        at = values + (cols // N)[:, None]
+        at = values + (outputs // N)[:, None]
         table = (
             tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
             tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
         )  # fmt: skip
         block_of_word = tl.load(values + 8 + tl.arange(0, BK // 4) // (_BLOCK // 4))[None, :]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    accumulator = tl.zeros([BN, BM], dtype=tl.float32)
+    for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
+        accumulator = _add_product(
+            accumulator, x, w, scale, outputs, rows, first + k, num_rows, values, table, block_of_word,
+            N, K, KB, BN, BK, BM, KIND, EVEN_N, ASM,
+        )  # fmt: skip
+    accumulator = _finished(
+        accumulator, scale, row_scale, bias, lora_t, lora_b, outputs, rows, num_rows, split,
+        N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
+    )  # fmt: skip
+    cols = tile * OUT_BN + tl.arange(0, OUT_BN)
     if SILU:
-        ups = tl.zeros([BN, BM], dtype=tl.float32)
-        up_scale = scale + N // 2
-        for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
-            accumulator = _add_product(
-                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table, block_of_word,
-                NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
-            )  # fmt: skip
-            ups = _add_product(
-                ups, x, w_up, up_scale, cols, rows, first + k, num_rows, values, table, block_of_word,
-                NUM_COLS, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
-            )  # fmt: skip
-        accumulator = _finished(
-            accumulator, scale, row_scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
-            N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
-        )  # fmt: skip
-        ups = _finished(
-            ups, scale, row_scale, bias, lora_t, lora_b, cols + N // 2, rows, num_rows, split,
-            N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
-        )  # fmt: skip
-        accumulator = accumulator / (1.0 + tl.exp(-accumulator)) * ups
-        place = _place(cols, NUM_COLS, ORDER)
-        at = out + rows[None, :] * NUM_COLS + place[:, None]
+        gate, up = tl.split(tl.permute(tl.reshape(accumulator, [2, OUT_BN, BM]), (1, 2, 0)))
+        accumulator = gate / (1.0 + tl.exp(-gate)) * up
+        at = out + rows[None, :] * NUM_COLS + _place(cols, NUM_COLS, ORDER)[:, None]
     else:
-        for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
-            accumulator = _add_product(
-                accumulator, x, w, scale, cols, rows, first + k, num_rows, values, table, block_of_word,
-                N, K, KB, BN, BK, BM, KIND, EVEN_N, N, ASM,
-            )  # fmt: skip
-        accumulator = _finished(
-            accumulator, scale, row_scale, bias, lora_t, lora_b, cols, rows, num_rows, split,
-            N, BN, BM, KIND, HAS_BIAS, RANK, LORA_PARTS, LORA_SPLITS, LORA_END_0, LORA_END_1,
-        )  # fmt: skip
         at = out + (split * num_rows + rows[None, :]).to(tl.int64) * N + cols[:, None]
     is_inside = (rows[None, :] < num_rows) & (cols[:, None] < NUM_COLS)
     tl.store(at, accumulator.to(out.dtype.element_ty), mask=is_inside)

@@ -385,7 +385,7 @@ class CudaRunner:
             PDL=self._can_pdl, ASM=kernels.USE_ASM,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=self._can_pdl,
         )  # fmt: skip
-        return (-(-num_cols // tiles.cols), tiles.splits), arguments, options
+        return (-(-num_cols // (tiles.cols // 2 if silu else tiles.cols)), tiles.splits), arguments, options
 
     def _lora_a(self, linear: FusedLinear, x: torch.Tensor, lora: _Lora, width: int) -> None:
         """The first factor for all layers of a fused one: `[_LORA_SPLITS, width, parts * rank]`."""
@@ -435,7 +435,7 @@ class CudaRunner:
         key = (linear.name, block_rows)
         if key not in self._tiles:
             self._tiles[key] = self._tuning.get(self._tuning_key(linear, block_rows)) or default_tiles(
-                linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=linear.name == "gate_up",
+                linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind],
                 can_split=linear.name in self._sums_of, block_rows=block_rows,
             )  # fmt: skip
         return self._tiles[key]
@@ -497,9 +497,8 @@ class CudaRunner:
         self, linears: Sequence[FusedLinear], rows: int, candidates: Callable[..., list[Tiles]]
     ) -> list[tuple[float, Tiles]]:
         linear = linears[0]
-        silu = linear.name == "gate_up"
         tried = candidates(
-            linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind], silu=silu,
+            linear.num_outputs, linear.num_inputs, kind=_KIND_NAMES[linear.kind],
             can_split=linear.name in self._sums_of, block_rows=rows,
         )  # fmt: skip
         x = torch.randn(rows, linear.num_inputs, dtype=self._dtype, device=self.device)

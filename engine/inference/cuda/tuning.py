@@ -14,7 +14,7 @@ from typing import Literal
 
 Kind = Literal["plain", "int8", "nf4"]
 
-_VERSION = 1
+_VERSION = 2
 _MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 128}
 _SHARED_BYTES = 98_000  # of two programs on one multiprocessor of Hopper, or one of Ada
 _BITS: dict[Kind, int] = {"plain": 16, "int8": 8, "nf4": 4}
@@ -25,7 +25,7 @@ class Tiles:
     """How one linear kernel is cut up.
 
     Args:
-        cols: Outputs of a program (of gates and ups each, where they are fused).
+        cols: Rows of weights that a program reads; where gates and ups are fused, half of them are gates.
         inputs: Inputs of one step of its loop.
         splits: Programs that share a column's inputs.
         num_warps: Warps of a program.
@@ -41,61 +41,53 @@ class Tiles:
     prefetch: int = 0
 
 
-def default_tiles(
-    num_outputs: int, num_inputs: int, *, kind: Kind, silu: bool, can_split: bool, block_rows: int
-) -> Tiles:
+def default_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: bool, block_rows: int) -> Tiles:
     """Tiles by rule: about 200 programs where a layer is large enough, and loads of 60 to 100 kB under way in each.
 
     Args:
         num_outputs: Rows of the weights.
         num_inputs: Their length.
         kind: How they are held.
-        silu: Whether half of the rows are gates.
         can_split: Whether the next kernel adds splits.
         block_rows: Height of the step.
 
     Returns:
         Tiles that divide the layer evenly and fit into 98 kB of shared memory.
     """
-    num_cols = num_outputs // 2 if silu else num_outputs
     fitting = [
         (cols, inputs, num_stages)
         for cols, inputs, num_stages in itertools.product((64, 32), (256, 128, 64, 32, 16), (6, 4, 3, 2))
         if inputs in _input_blocks(num_inputs, kind)
         and inputs <= _MOST_INPUTS[kind]
-        and _shared_bytes(cols, inputs, num_stages, kind, silu=silu, block_rows=block_rows) <= _SHARED_BYTES
+        and _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows) <= _SHARED_BYTES
     ]
     cols, inputs, num_stages = fitting[0] if fitting else (32, _input_blocks(num_inputs, kind)[-1], 2)
     splits = 1
-    while can_split and num_cols // cols * splits < 150 and splits < 8 and num_inputs % (inputs * splits * 2) == 0:
+    while can_split and num_outputs // cols * splits < 150 and splits < 8 and num_inputs % (inputs * splits * 2) == 0:
         splits *= 2
     prefetch = _prefetch_bytes(num_inputs // splits, kind, 512)
     return Tiles(cols, inputs, splits, num_stages=num_stages, prefetch=prefetch)
 
 
-def candidate_tiles(
-    num_outputs: int, num_inputs: int, *, kind: Kind, silu: bool, can_split: bool, block_rows: int
-) -> list[Tiles]:
+def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: bool, block_rows: int) -> list[Tiles]:
     """Tiles worth measuring.
 
     Args:
         num_outputs: Rows of the weights.
         num_inputs: Their length.
         kind: How they are held.
-        silu: Whether half of the rows are gates.
         can_split: Whether the next kernel adds splits.
         block_rows: Height of the step.
 
     Returns:
         Tiles that divide the layer evenly and fit into a multiprocessor.
     """
-    num_cols = num_outputs // 2 if silu else num_outputs
     found: list[Tiles] = []
     for cols, inputs, num_stages, num_warps, splits, prefetch in itertools.product(
         (32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8), (1, 2, 4, 8), (0, 512, 2048)
     ):
-        num_programs = -(-num_cols // cols) * splits
-        num_bytes = _shared_bytes(cols, inputs, num_stages, kind, silu=silu, block_rows=block_rows)
+        num_programs = -(-num_outputs // cols) * splits
+        num_bytes = _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows)
         if (
             inputs not in _input_blocks(num_inputs, kind)
             or num_inputs % (inputs * splits) != 0
@@ -107,9 +99,7 @@ def candidate_tiles(
         ):
             continue
         found.append(Tiles(cols, inputs, splits, num_warps, num_stages, prefetch))
-    return found or [
-        default_tiles(num_outputs, num_inputs, kind=kind, silu=silu, can_split=can_split, block_rows=block_rows)
-    ]
+    return found or [default_tiles(num_outputs, num_inputs, kind=kind, can_split=can_split, block_rows=block_rows)]
 
 
 def _input_blocks(num_inputs: int, kind: Kind) -> list[int]:
@@ -117,10 +107,8 @@ def _input_blocks(num_inputs: int, kind: Kind) -> list[int]:
     return [size for size in (128, 256, 64, 32, 16) if num_inputs % size == 0 and size >= least] or [least]
 
 
-def _shared_bytes(cols: int, inputs: int, num_stages: int, kind: Kind, *, silu: bool, block_rows: int) -> int:
-    """Weights and inputs of all stages; the compiler may hold inputs twice where there are two products."""
-    num_products = 2 if silu else 1
-    return num_stages * num_products * (cols * inputs * _BITS[kind] // 8 + block_rows * inputs * 2)
+def _shared_bytes(cols: int, inputs: int, num_stages: int, kind: Kind, *, block_rows: int) -> int:
+    return num_stages * (cols * inputs * _BITS[kind] // 8 + block_rows * inputs * 2)
 
 
 def _prefetch_bytes(num_inputs: int, kind: Kind, most: int) -> int:
