@@ -103,16 +103,18 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_an_exact_forward_pass(name: str, quantization: str, dtype: str) -> None:
     pair = Pair(name, quantization, dtype)
-    ids = tokens(700)
+    ids = tokens(850)
     exact = pair.exact(ids)
     kv = pair.runner.new_kv()
     logits = pair.runner.prefill(kv, ids[:300], want_logits=True)
     assert logits is not None and pair.error(logits, exact[299]) < pair.tolerance
     logits = pair.runner.prefill(kv, ids[300:347], want_logits=True)  # a narrow step
     assert logits is not None and pair.error(logits, exact[346]) < pair.tolerance
-    logits = pair.runner.prefill(kv, ids[347:600], want_logits=True)  # a wide one with tokens before it
-    assert logits is not None and pair.error(logits, exact[599]) < pair.tolerance
-    at = 600
+    logits = pair.runner.prefill(kv, ids[347:480], want_logits=True)  # three narrow ones
+    assert logits is not None and pair.error(logits, exact[479]) < pair.tolerance
+    logits = pair.runner.prefill(kv, ids[480:750], want_logits=True)  # a wide one with tokens before it
+    assert logits is not None and pair.error(logits, exact[749]) < pair.tolerance
+    at = 750
     for width in (1, 2, 3, 16, 17, 33):
         logits = pair.runner.decode([(kv, ids[at : at + width])])
         assert pair.error(logits, exact[at : at + width]) < pair.tolerance

@@ -55,7 +55,8 @@ BLOCK_FIRST = SLOTS + MAX_ROWS  # first row of a query block, then rows, positio
 BLOCK_ROWS = BLOCK_FIRST + MAX_ROWS
 BLOCK_POSITION = BLOCK_ROWS + MAX_ROWS
 BLOCK_LINE = BLOCK_POSITION + MAX_ROWS
-PAGE_TABLE = BLOCK_LINE + MAX_ROWS
+BLOCK_OLD = BLOCK_LINE + MAX_ROWS  # tokens of the sequence before this step
+PAGE_TABLE = BLOCK_OLD + MAX_ROWS
 _TOKEN_IDS = tl.constexpr(TOKEN_IDS)
 _POSITIONS = tl.constexpr(POSITIONS)
 _SLOTS = tl.constexpr(SLOTS)
@@ -63,6 +64,7 @@ _BLOCK_FIRST = tl.constexpr(BLOCK_FIRST)
 _BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
 _BLOCK_POSITION = tl.constexpr(BLOCK_POSITION)
 _BLOCK_LINE = tl.constexpr(BLOCK_LINE)
+_BLOCK_OLD = tl.constexpr(BLOCK_OLD)
 _PAGE_TABLE = tl.constexpr(PAGE_TABLE)
 
 
@@ -569,43 +571,53 @@ def silu_kernel(gate_up, out, out_stride, INNER: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _attend(
-    q, kv, table, first_key, last_key, row_position, kv_head, v_offset, factor,
-    R: tl.constexpr, NKV: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Online softmax (Dao et al. 2022, FlashAttention) of q `[R, HD]` over keys `first_key` up to `last_key`.
+def _keys_at(table, key, last_key, kv_head, NKV: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr):
+    """Where keys `[BLOCK]` of a sequence begin in a layer's pool."""
+    page = tl.load(table + key // PAGE, mask=key < last_key, other=0).to(tl.int64)
+    return (page * NKV + kv_head) * (PAGE * HD) + (key % PAGE) * HD
 
-    Returns:
-        Weighted values, not normalised, `[R, HD]`; the largest score and the sum of weights of each row, `[R]`.
+
+@triton.jit
+def _attend_block(q, keys, values, key, row_position, factor, accumulator, largest, total):
+    """One block of an online softmax (Dao et al. 2022, FlashAttention).
+
+    q: `[R, HD]`. keys: `[HD, BLOCK]`. values: `[BLOCK, HD]`. Returns what it was given, updated: weighted values, not
+    normalised, `[R, HD]`; the largest score and the sum of weights of each row, `[R]`.
     """
+    scores = tl.dot(q, keys) * factor
+    scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(largest - base)
+    total = total * shrink + tl.sum(weights, 1)
+    accumulator = tl.dot(weights.to(q.dtype), values, accumulator * shrink[:, None])
+    return accumulator, new_largest, total
+
+
+@triton.jit
+def _attend(
+    q, kv, table, first_key, last_key, row_position, kv_head, v_offset, factor, accumulator, largest, total,
+    NKV: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys from `first_key` up to `last_key`."""
     d = tl.arange(0, HD)
-    largest = tl.full([R], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([R], dtype=tl.float32)
-    accumulator = tl.zeros([R, HD], dtype=tl.float32)
     for start in range(first_key, last_key, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        page = tl.load(table + key // PAGE, mask=key < last_key, other=0).to(tl.int64)
-        at = (page * NKV + kv_head) * (PAGE * HD) + (key % PAGE) * HD
+        at = _keys_at(table, key, last_key, kv_head, NKV, HD, PAGE)
         keys = tl.load(kv + at[None, :] + d[:, None], mask=key[None, :] < last_key, other=0.0)
         values = tl.load(kv + v_offset + at[:, None] + d[None, :], mask=key[:, None] < last_key, other=0.0)
-        scores = tl.dot(q, keys) * factor
-        scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        accumulator = tl.dot(weights.to(q.dtype), values, accumulator * shrink[:, None])
-        largest = new_largest
+        accumulator, largest, total = _attend_block(
+            q, keys, values, key, row_position, factor, accumulator, largest, total
+        )
     return accumulator, largest, total
 
 
 @triton.jit
-def _segment_of(
-    step, item, num_segments, table_width,
-    NKV: tl.constexpr,
-):  # fmt: skip
-    """What one item of a step's attention is: its query block's rows, its page table, its key head and its keys."""
+def _segment_of(step, item, num_segments, table_width, NKV: tl.constexpr):
+    """What one item of a step's attention is: its query block's rows, its page table, its key head, its keys, and up to
+    where they were there before this step.
+    """
     kv_head = item % NKV
     segment = (item // NKV) % num_segments
     block = item // (NKV * num_segments)
@@ -616,7 +628,8 @@ def _segment_of(
     is_near = segment < _NUM_NEAR
     start = tl.where(is_near, segment * _NEAR, _FAR_FROM + (segment - _NUM_NEAR) * _FAR)
     end = tl.minimum(start + tl.where(is_near, _NEAR, _FAR), position + num_tokens)
-    return first, num_tokens, position, table, kv_head, segment, start, end
+    old = tl.minimum(end, tl.load(step + _BLOCK_OLD + block))
+    return first, num_tokens, position, table, kv_head, segment, start, end, old
 
 
 @triton.jit
@@ -627,7 +640,8 @@ def decode_attention_kernel(
     """Attention of a narrow step, one segment of one query block's context for one key head at a time.
 
     A query block is up to 16 tokens of one sequence, so that drafts read keys and values once. The grid is fixed;
-    programs take what the step's buffer says there is.
+    programs take what the step's buffer says there is. Keys and values of earlier steps are loaded before the wait for
+    the kernel before, which writes only those of this step.
 
     q: 16 bit `[num_rows, NH, HD]`. parts: fp32 `[num_rows, NH, max_segments, HD]`. sums: fp32
     `[num_rows, NH, max_segments, 2]`, the largest score and the sum of weights. GP: queries of a key head, as a power
@@ -639,39 +653,48 @@ def decode_attention_kernel(
     num_items = tl.load(step) * num_segments * NKV
     if PDL:
         gdc_launch_dependents()
-        if (
-            tl.program_id(0) < num_items
-        ):  # ask for the first item's keys and values, of which only the last are not there
-            first, num_tokens, position, table, kv_head, segment, start, end = _segment_of(
-                step, tl.program_id(0), num_segments, table_width, NKV
-            )
-            if start < end:
-                near_page = start // PAGE + tl.arange(0, _NEAR // PAGE)
-                page = tl.load(table + tl.minimum(near_page, (end - 1) // PAGE)).to(tl.int64)
-                at = kv + (page * NKV + kv_head) * (PAGE * HD)
-                num_bytes = tl.zeros([_NEAR // PAGE], tl.int32) + PAGE * HD * 2
-                _prefetch(at, num_bytes)
-                _prefetch(at + v_offset, num_bytes)
-        gdc_wait()
     r = tl.arange(0, R)
     token = r // GP
     d = tl.arange(0, HD)
+    is_waiting = True
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        first, num_tokens, position, table, kv_head, segment, start, end = _segment_of(
+        first, num_tokens, position, table, kv_head, segment, start, end, old = _segment_of(
             step, item, num_segments, table_width, NKV
         )
+        key = start + tl.arange(0, _NEAR)
+        at = _keys_at(table, key, end, kv_head, NKV, HD, PAGE)
+        keys_at = kv + at[None, :] + d[:, None]
+        values_at = kv + v_offset + at[:, None] + d[None, :]
+        keys = tl.load(keys_at, mask=key[None, :] < old, other=0.0)
+        values = tl.load(values_at, mask=key[:, None] < old, other=0.0)
+        if PDL and is_waiting:
+            gdc_wait()
+            is_waiting = False
         if start < end:
+            if end > old:
+                is_new = (key >= old) & (key < end)
+                keys = tl.load(keys_at, mask=is_new[None, :], other=keys)
+                values = tl.load(values_at, mask=is_new[:, None], other=values)
             head = kv_head * G + r % GP
             is_query = (token < num_tokens) & (r % GP < G)
             line = (first + token) * NH + head
             queries = tl.load(q + line[:, None] * HD + d[None, :], mask=is_query[:, None], other=0.0)
-            accumulator, largest, total = _attend(
-                queries, kv, table, start, end, position + token, kv_head, v_offset, factor, R, NKV, HD, PAGE, _NEAR
+            accumulator = tl.zeros([R, HD], dtype=tl.float32)
+            largest = tl.full([R], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([R], dtype=tl.float32)
+            accumulator, largest, total = _attend_block(
+                queries, keys, values, key, position + token, factor, accumulator, largest, total
             )
+            accumulator, largest, total = _attend(
+                queries, kv, table, start + _NEAR, end, position + token, kv_head, v_offset, factor,
+                accumulator, largest, total, NKV, HD, PAGE, _NEAR,
+            )  # fmt: skip
             place = line * max_segments + segment
             tl.store(parts + place[:, None] * HD + d[None, :], accumulator, mask=is_query[:, None])
             tl.store(sums + place * 2, largest, mask=is_query)
             tl.store(sums + place * 2 + 1, total, mask=is_query)
+    if PDL and is_waiting:
+        gdc_wait()  # a program that ends earlier would let the kernels behind the next one start too early
 
 
 @triton.jit
@@ -726,8 +749,10 @@ def prefill_attention_kernel(
     queries = tl.load(q + at, mask=row[:, None] < num_rows, other=0.0)
     end = position + tl.minimum(first + BQ, num_rows)
     accumulator, _, total = _attend(
-        queries, kv, table, 0, end, position + row, head // (NH // NKV), v_offset, factor, BQ, NKV, HD, PAGE, BLOCK
-    )
+        queries, kv, table, 0, end, position + row, head // (NH // NKV), v_offset, factor,
+        tl.zeros([BQ, HD], dtype=tl.float32), tl.full([BQ], float("-inf"), dtype=tl.float32),
+        tl.zeros([BQ], dtype=tl.float32), NKV, HD, PAGE, BLOCK,
+    )  # fmt: skip
     tl.store(out + at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=row[:, None] < num_rows)
 
 

@@ -36,10 +36,11 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _KIND_NAMES: dict[int, Kind] = {PLAIN: "plain", INT8: "int8", NF4: "nf4"}
 _LORA_SPLITS = 4
+_NARROW_PROMPT = 256  # tokens up to which narrow steps, launched as graphs, are faster than a wide one
 _NORM_WARPS = 32
-_ATTENTION_WARPS = 8
+_ATTENTION_WARPS = 4
 _COMBINE_WARPS = 1
-_COMBINE_SEGMENTS = 16
+_COMBINE_SEGMENTS = 32
 _NUM_STAGING = 4
 
 
@@ -109,7 +110,10 @@ class CudaRunner:
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
         with torch.inference_mode(False), torch.no_grad():
             self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)
-            self._layers = [_read_layer(layer, kv) for layer, kv in zip(layers, self._kv, strict=True)]
+            self._layers: list[_Layer] = []
+            for layer, kv in zip(layers, self._kv, strict=True):
+                self._layers.append(_read_layer(layer, kv))
+                torch.cuda.empty_cache()  # what the layer's own tensors held, in holes too small for the next
             self._cos, self._sin = _rotary_table(model, num_pages * page_tokens, self.device)
         page_bytes = self._kv[:, :, 0].numel() * self._kv.element_size()
         self._pool = PagePool(num_pages, page_tokens, page_bytes, self._copy_page)
@@ -144,9 +148,9 @@ class CudaRunner:
         self._sums = new(rows * self._num_heads * self._max_segments * 2, dtype=fp32)
         self._logits = new(rows, self.vocab_size, dtype=fp32)
         self._sums_of = {  # splits of a layer's output
-            "qkv": new(8 * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
-            "o": new(8 * rows * self._hidden_size, dtype=fp32),
-            "down": new(8 * rows * self._hidden_size, dtype=fp32),
+            "qkv": new(4 * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
+            "o": new(4 * rows * self._hidden_size, dtype=fp32),
+            "down": new(4 * rows * self._hidden_size, dtype=fp32),
         }
         self._values = torch.tensor(kernels.NF4_VALUES, dtype=fp32, device=self.device)
         patterns = self._values.to(self._dtype).view(torch.int16).tolist()
@@ -282,6 +286,7 @@ class CudaRunner:
                 host[kernels.BLOCK_ROWS + num_blocks] = min(kernels.QUERY_TOKENS, len(token_ids) - offset)
                 host[kernels.BLOCK_POSITION + num_blocks] = start + offset
                 host[kernels.BLOCK_LINE + num_blocks] = line
+                host[kernels.BLOCK_OLD + num_blocks] = start
                 num_blocks += 1
             at = kernels.PAGE_TABLE + line * self._table_width
             host[at : at + len(kv.pages)] = kv.pages
@@ -634,8 +639,9 @@ class CudaRunner:
             EngineError: The KV pool is full; what was added stays.
         """
         last: torch.Tensor | None = None
-        for start in range(0, len(token_ids), self.chunk_tokens):
-            chunk = token_ids[start : start + self.chunk_tokens]
+        size = self.chunk_tokens if len(token_ids) > _NARROW_PROMPT else self.max_decode_tokens
+        for start in range(0, len(token_ids), size):
+            chunk = token_ids[start : start + size]
             if len(chunk) <= self.max_decode_tokens:
                 self._run_narrow([(kv, chunk)], with_head=False)
                 last = self._final[len(chunk) - 1 : len(chunk)]

@@ -15,8 +15,9 @@ from typing import Literal
 Kind = Literal["plain", "int8", "nf4"]
 
 _VERSION = 2
-_MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 128}
-_SHARED_BYTES = 98_000  # of two programs on one multiprocessor of Hopper, or one of Ada
+_MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 256}
+_MOST_SPLITS = 4  # more are a little faster by themselves, and cost the kernel that adds them more
+_SHARED_BYTES = 99_000  # of two programs on one multiprocessor of Hopper, or one of Ada
 _BITS: dict[Kind, int] = {"plain": 16, "int8": 8, "nf4": 4}
 
 
@@ -52,20 +53,25 @@ def default_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: b
         block_rows: Height of the step.
 
     Returns:
-        Tiles that divide the layer evenly and fit into 98 kB of shared memory.
+        Tiles that divide the layer evenly and fit into 99 kB of shared memory.
     """
     fitting = [
         (cols, inputs, num_stages)
-        for cols, inputs, num_stages in itertools.product((64, 32), (256, 128, 64, 32, 16), (6, 4, 3, 2))
+        for cols, inputs, num_stages in itertools.product((64, 32), (256, 128, 64, 32, 16), (4, 3))
         if inputs in _input_blocks(num_inputs, kind)
         and inputs <= _MOST_INPUTS[kind]
         and _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows) <= _SHARED_BYTES
     ]
     cols, inputs, num_stages = fitting[0] if fitting else (32, _input_blocks(num_inputs, kind)[-1], 2)
     splits = 1
-    while can_split and num_outputs // cols * splits < 150 and splits < 8 and num_inputs % (inputs * splits * 2) == 0:
+    while (
+        can_split
+        and num_outputs // cols * splits < 150
+        and splits < _MOST_SPLITS
+        and num_inputs % (inputs * splits * 2) == 0
+    ):
         splits *= 2
-    prefetch = _prefetch_bytes(num_inputs // splits, kind, 512)
+    prefetch = _prefetch_bytes(num_inputs // splits, kind, 256)
     return Tiles(cols, inputs, splits, num_stages=num_stages, prefetch=prefetch)
 
 
@@ -84,7 +90,7 @@ def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split:
     """
     found: list[Tiles] = []
     for cols, inputs, num_stages, num_warps, splits, prefetch in itertools.product(
-        (32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8), (1, 2, 4, 8), (0, 512, 2048)
+        (32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8), (1, 2, _MOST_SPLITS), (0, 256)
     ):
         num_programs = -(-num_outputs // cols) * splits
         num_bytes = _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows)
@@ -92,7 +98,12 @@ def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split:
             inputs not in _input_blocks(num_inputs, kind)
             or num_inputs % (inputs * splits) != 0
             or (splits > 1 and (not can_split or num_programs > 600))
-            or not (num_programs >= 100 or splits == 8 or not can_split or num_inputs % (inputs * splits * 2) != 0)
+            or not (
+                num_programs >= 100
+                or splits == _MOST_SPLITS
+                or not can_split
+                or num_inputs % (inputs * splits * 2) != 0
+            )
             or not 20_000 <= num_bytes <= 200_000
             or (num_warps == 8) != (cols == 128)
             or prefetch > num_inputs // splits * _BITS[kind] // 8
