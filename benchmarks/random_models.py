@@ -58,13 +58,13 @@ def _random_linear(like: nn.Linear, quantization: str, dtype: torch.dtype, devic
     weight = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device).normal_(std=num_inputs**-0.5)
     made: Any
     if quantization == "int8":
-        import bitsandbytes as bnb
+        import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
         made = bnb.nn.Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False, device="meta")
         values, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
         made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scale)
     elif quantization == "nf4":
-        import bitsandbytes as bnb
+        import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
         made = bnb.nn.Linear4bit(num_inputs, num_outputs, bias=False, compute_dtype=dtype, device="meta")
         packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")

@@ -342,7 +342,7 @@ def test_what_it_cannot_run_is_said_in_words() -> None:
 
 
 def test_segments_count_as_the_kernels_count() -> None:
-    assert [kernels.num_segments(n) for n in (1, 128, 129, 4096, 4097, 4608, 4609)] == [1, 1, 2, 32, 33, 33, 34]
+    assert [kernels.num_segments(n) for n in (1, 64, 65, 2048, 2049, 2304, 2305)] == [1, 1, 2, 32, 33, 33, 34]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "bf16"])

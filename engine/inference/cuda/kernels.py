@@ -12,8 +12,9 @@ cache for their first weights, and then wait for their inputs.
 Not covered: head sizes that are no power of two, sliding windows, gradients.
 """
 
-# pyright: reportUnreachable=false, reportPossiblyUnbound=false, reportArgumentType=false, reportOptionalOperand=false
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false, reportArgumentType=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportReturnType=false, reportAssignmentType=false, reportOperatorIssue=false
 # ruff: noqa: SIM300, D403
 
 from __future__ import annotations
@@ -693,8 +694,10 @@ def decode_attention_kernel(
             tl.store(parts + place[:, None] * HD + d[None, :], accumulator, mask=is_query[:, None])
             tl.store(sums + place * 2, largest, mask=is_query)
             tl.store(sums + place * 2 + 1, total, mask=is_query)
-    if PDL and is_waiting:
-        gdc_wait()  # a program that ends earlier would let the kernels behind the next one start too early
+    # Programs without work end at once and leave their place to the next kernels; one has to wait, so that the kernel
+    # does not end before the one before it.
+    if PDL and is_waiting and tl.program_id(0) == 0:
+        gdc_wait()
 
 
 @triton.jit

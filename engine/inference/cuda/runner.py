@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch import nn
 
 from engine.errors import AdapterError
-from engine.inference.cuda import kernels
+from engine.inference.cuda import kernels as triton_kernels
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
 from engine.inference.cuda.tuning import Kind, Tiles, TuningFile, candidate_tiles, default_tiles
 from engine.inference.cuda.weights import INT8, NF4, PLAIN, FusedLinear, LoraWeights, base_of, fuse, kind_of
 
 if TYPE_CHECKING:
     from engine.inference.loading import LoadedModel
+
+kernels: Any = triton_kernels  # a kernel is launched as `kernel[grid](...)`, which its type does not know
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -144,7 +146,6 @@ class CudaRunner:
         self._q = new(rows, width, dtype=self._dtype)
         self._attended = new(rows, width, dtype=self._dtype)
         self._inner = new(rows, self._inner_size, dtype=self._dtype)
-        self._parts = new(rows * self._num_heads * self._max_segments * self._head_dim, dtype=fp32)
         self._sums = new(rows * self._num_heads * self._max_segments * 2, dtype=fp32)
         self._logits = new(rows, self.vocab_size, dtype=fp32)
         self._sums_of = {  # splits of a layer's output
@@ -160,7 +161,11 @@ class CudaRunner:
             for linear in self._layers[0].linears
         )
         needs_scratch = any(linear.kind != PLAIN for layer in self._layers for linear in layer.linears)
-        self._scratch = new(widest if needs_scratch else 0, dtype=self._dtype)
+        num_parts = rows * self._num_heads * self._max_segments * self._head_dim
+        shared = new(max(num_parts * 4, widest * 2 if needs_scratch else 0), dtype=torch.uint8)
+        self._parts = shared[: num_parts * 4].view(fp32)  # narrow steps
+        self._scratch = shared[: widest * 2 if needs_scratch else 0].view(self._dtype)  # wide steps
+        torch.cuda.empty_cache()
 
     # --- what it can run ---------------------------------------------------------------------------------------------
 
@@ -828,10 +833,11 @@ def _groups(layer: nn.Module) -> Iterator[list[nn.Module]]:
 
 def _read_layer(layer: Any, kv: torch.Tensor) -> _Layer:
     names = ("qkv", "o", "gate_up", "down")
-    linears = [fuse(name, modules, kv.dtype) for name, modules in zip(names, _groups(layer), strict=True)]
+    qkv, o, gate_up, down = (fuse(name, modules, kv.dtype) for name, modules in zip(names, _groups(layer), strict=True))
     norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    gains = [None if norm is None else norm.weight.data for norm in norms]
-    return _Layer(*linears, layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data, *gains, kv)
+    q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
+    input_norm, post_norm = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
+    return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, kv)
 
 
 def _rotary_table(model: Any, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,7 +153,7 @@ def _parts(layer: Any, kind: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, num_inputs = state.shape
     absmax = state.absmax
     if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise
+        from bitsandbytes.functional import dequantize_blockwise  # pyright: ignore[reportMissingImports]
 
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     return layer.weight.data.reshape(rows, num_inputs // 2), absmax.float().reshape(rows, -1)
