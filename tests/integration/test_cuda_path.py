@@ -35,12 +35,11 @@ ROPE = dict(
 )  # fmt: skip
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2, 7 queries a key": Qwen2Config(
-        **SIZES, num_attention_heads=14, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True
+        **{**SIZES, "hidden_size": 896}, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True
     ),
     "qwen3, 4 queries a key": Qwen3Config(**SIZES, num_attention_heads=8, num_key_value_heads=2, head_dim=128),
     "llama, 1 query a key": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, rope_parameters=ROPE),
 }
-CONFIGS["qwen2, 7 queries a key"].hidden_size = 896
 KINDS = [(kind, dtype) for kind in ("int8", "nf4") for dtype in ("float16", "bfloat16")]
 KINDS += [("bf16", "bfloat16"), ("fp16", "float16")]
 TOLERANCE = {torch.float16: 0.004, torch.bfloat16: 0.03}
