@@ -19,6 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from engine.inference.catalogue import catalogue, memory_need_bytes
+from engine.inference.cuda import why_no_triton
 from engine.inference.loading import free_memory_bytes, set_runtime_defaults
 from engine.inference.store_files import gigabytes
 
@@ -373,13 +374,12 @@ def kernel_checks() -> list[Check]:
         return []
     if torch.cuda.get_device_capability() < (8, 0):
         return [Check("kernels", "ok", "the GPU is older than our kernels: models run on transformers' modules")]
-    try:
-        triton: Any = importlib.import_module("triton")
-    except Exception as fault:  # on Windows it is a package of its own, with native libraries
-        reason = f"{type(fault).__name__}: {fault}"
-        detail = f"Triton cannot be loaded ({reason}): models run on transformers' modules, several times slower"
-        return [Check("kernels", "warning", detail, pip_install("triton-windows" if os.name == "nt" else "triton"))]
-    return [Check("kernels", "ok", f"Triton {triton.__version__} compiles the fast path's kernels")]
+    reason = why_no_triton()
+    if reason:
+        detail = f"{reason}: models run on transformers' modules, many times slower"
+        fix = pip_install("triton-windows" if os.name == "nt" else "triton") if "not installed" in reason else ""
+        return [Check("kernels", "warning", detail, fix or "Install a C compiler (gcc or clang).")]
+    return [Check("kernels", "ok", f"Triton {version('triton')} compiles the fast path's kernels")]
 
 
 # --- CPU and memory --------------------------------------------------------------------------------------------------

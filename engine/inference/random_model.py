@@ -84,5 +84,6 @@ def qwen3_8b() -> PreTrainedConfig:
 
     return cast("Any", Qwen3Config)(
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False, rope_theta=1e6,
+        head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip

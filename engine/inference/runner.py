@@ -224,8 +224,10 @@ def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], 
 
 
 def _why_not_fast(loaded: LoadedModel) -> str:
-    try:
-        from engine.inference.cuda.runner import CudaRunner
-    except ImportError as fault:  # Triton is a package of its own on Windows
-        return f"{fault}; install planpatch[cuda]"
+    from engine.inference.cuda import why_no_triton
+
+    if reason := why_no_triton():
+        return reason
+    from engine.inference.cuda.runner import CudaRunner
+
     return CudaRunner.why_not(loaded)
