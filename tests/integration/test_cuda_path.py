@@ -83,7 +83,7 @@ def exact_model(model: Any) -> Any:
                 plain.bias.data = module.bias.data.float()
             parent, _, last = name.rpartition(".")
             setattr(exact.get_submodule(parent), last, plain)
-    return exact.float().eval()
+    return nn.Module.float(exact).eval()  # transformers refuses it for what was quantized
 
 
 def meaning(module: Any) -> torch.Tensor:
