@@ -2,9 +2,11 @@
 
     python benchmarks/engine_8b.py TOKENIZER_FOLDER [--quantization int8|nf4|bf16] [--out FILE] [--edits N]
 
-TOKENIZER_FOLDER has tokenizer.json and the files beside it of any Qwen2.5 model. Drafts are right and wrong as recorded,
-so rates of the workloads are those of a model that writes these edits. Texts are not.
+TOKENIZER_FOLDER has tokenizer.json and the files beside it of any Qwen2.5 model. Drafts are right and wrong as
+recorded, so rates of the workloads are those of a model that writes these edits. Texts are not.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
