@@ -141,6 +141,7 @@ def test_an_open_file_is_rolled_back_and_redone_by_its_editor(desk: Desk) -> Non
     assert (again.code, again.json["error"]["code"]) == (2, "usage")
 
 
+@pytest.mark.slow
 def test_a_proposed_patch_is_applied_by_the_editor_that_has_the_file_open(desk: Desk) -> None:
     client = desk.editor(apply="ask")
     uri = opened(client, desk.workspace)
@@ -166,6 +167,7 @@ def test_a_file_that_is_closed_or_whose_editor_has_ended_is_written_on_disk(desk
     assert said.err == f"{patch_id} put again into {desk.file}\n"
 
 
+@pytest.mark.slow
 def test_of_two_editors_the_one_that_has_the_file_open_is_asked(desk: Desk) -> None:
     """The second had no listener at all, since the first one has the port."""
     first = desk.editor()
@@ -184,6 +186,7 @@ def test_of_two_editors_the_one_that_has_the_file_open_is_asked(desk: Desk) -> N
     assert (second.text(uri), desk.on_disk()) == (PATCHED, TEXT)
 
 
+@pytest.mark.slow
 def test_what_the_editor_has_applied_is_applied_already_as_on_disk(desk: Desk) -> None:
     """It was `stale_text`: "Ask for the patch again"."""
     client = desk.editor()
@@ -205,6 +208,7 @@ def test_what_the_editor_has_applied_is_applied_already_as_on_disk(desk: Desk) -
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lines_that_were_edited_are_shown_three_ways_and_nothing_changes(desk: Desk) -> None:
     client = desk.editor()
     uri, patch_id = applied(desk, client)
@@ -219,6 +223,7 @@ def test_lines_that_were_edited_are_shown_three_ways_and_nothing_changes(desk: D
     assert error.json["error"]["details"]["patch_id"] == patch_id
 
 
+@pytest.mark.slow
 def test_an_editor_that_refuses_is_a_refusal(desk: Desk) -> None:
     client = desk.editor()
     uri, patch_id = applied(desk, client)
@@ -248,6 +253,7 @@ def test_where_an_editor_cannot_be_asked_the_disk_is_written_with_disk_alone(des
     assert desk.on_disk() == TEXT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "localhost.example", ""])
 def test_no_other_host_and_no_closed_port_is_waited_for(desk: Desk, host: str) -> None:
     patch_id = written(desk)
@@ -352,6 +358,7 @@ def test_an_error_that_is_no_error_of_ours_is_a_fault_of_the_environment() -> No
 # --- without an editor -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_serve_alone_applies_rolls_back_and_redoes_on_disk_and_so_does_the_command_line_beside_it(desk: Desk) -> None:
     command = [sys.executable, "-I", "-X", "utf8", str(SERVER), "serve", "--port", "0", "--root", str(desk.workspace)]
     environ = {**os.environ, "PLANPATCH_HOME": str(desk.home), "SCRIPT": str(desk.script)}

@@ -131,7 +131,7 @@ def check_equal(bench: Bench, prompt: Sequence[int], params: SamplingParams, com
     assert list(completion.token_ids) == expected, (completion.text, bench.engine.tokenizer.decode(expected))
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [TEXTS[0], *(pytest.param(text, marks=pytest.mark.slow) for text in TEXTS[1:])])
 def test_chunked_prefill_and_cached_decode_equal_the_reference(
     fp32: Bench, text: str, length: Callable[[int, int], int]
 ) -> None:
@@ -229,6 +229,7 @@ def test_a_grammar_s_own_text_is_drafted_and_the_tokens_are_the_reference_s(fp32
     check_equal(fp32, prompt, params, completion)
 
 
+@pytest.mark.slow
 def test_a_sampled_text_is_the_same_with_drafts_and_without(fp32: Bench) -> None:
     prompt = fp32.prompt(f"Write this out again:\n```python\n{FUNCTION}```")
     params = SamplingParams(max_new_tokens=40, temperature=0.7, top_p=0.95, seed=11, repetition_penalty=1.05)
