@@ -594,8 +594,7 @@ def bench_engine(
         )
     sizes = Sizes() if on_gpu else CPU_SIZES
     sizes = replace(sizes, num_recordings=num_edits or sizes.num_recordings)
-    config = EngineConfig(tuning_path=session.paths.kernel_tuning, tune=True)
-    found = measure(loaded, config, workload, sizes, backends, console.say)
+    found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say)
     if llama_cpp is not None and gguf is not None:
         console.say("llama.cpp")
         found["llama.cpp"] = measure_llama_cpp(llama_cpp, gguf, workload, torch.get_num_threads(), on_gpu=on_gpu)

@@ -58,7 +58,7 @@ class Paths:
 
     @property
     def kernel_tuning(self) -> Path:
-        """Measured tile sizes of the CUDA kernels; `planpatch bench engine` measures them."""
+        """Measured tile sizes of the CUDA kernels; `benchmarks/cuda_step.py --tune` measures them."""
         return self.home / "kernel-tuning.json"
 
     @property

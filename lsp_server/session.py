@@ -165,7 +165,15 @@ class Session:
             self.loading(local),
             digest=local.digest,
             adapter=adapter,
-            config=EngineConfig(tuning_path=self.paths.kernel_tuning),
+            config=self.engine_config(),
+        )
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's limits as the settings have them."""
+        return EngineConfig(
+            fast_path=self.settings.cuda_kernels,
+            kv_cache_tokens=self.settings.kv_cache_tokens,
+            tuning_path=self.paths.kernel_tuning,
         )
 
     def loading(self, local: LocalModel) -> Callable[[], LoadedModel]:

@@ -66,6 +66,8 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization: `auto` is int8 on a GPU and bf16 on CPU.
         dtype: Of weights that are not quantized and of activations.
+        cuda_kernels: Whether our own kernels run the model on a GPU, where they can; else transformers does.
+        kv_cache_tokens: Tokens of all prompts and answers that they hold at once; 0 for what memory has room for.
         format: What the model writes; `auto` chooses by the function's length.
         plan_max_new_tokens: Token budget of a plan.
         plan_repetition_penalty: Of a plan.
@@ -108,6 +110,8 @@ class Settings:
     device: str = _setting("auto", values.device)
     quantization: str = _setting("auto", values.choice("auto", "int8", "nf4", "bf16", "fp32"))
     dtype: str = _setting("auto", values.dtype, variable="TORCH_DTYPE")
+    cuda_kernels: bool = _setting(True, values.boolean)
+    kv_cache_tokens: int = _setting(0, values.integer(0, 10_000_000))
     format: str = _setting("auto", values.choice("auto", "rewrite", "json_edits"))
     plan_max_new_tokens: int = _setting(16, values.integer(1, 4096))
     plan_repetition_penalty: float = _setting(1.10, values.real(0.5, 3))

@@ -65,7 +65,6 @@ class EngineConfig:
         kv_cache_tokens: Tokens that the fast path's KV cache holds; 0 for what memory has room for.
         fast_path: Whether our own kernels run the model where they can.
         tuning_path: File of the fast path's measured tile sizes; None for sizes by rule.
-        tune: Whether sizes that the file lacks are measured while loading, which takes minutes.
     """
 
     max_waiting: int = 64
@@ -79,7 +78,6 @@ class EngineConfig:
     kv_cache_tokens: int = 0
     fast_path: bool = True
     tuning_path: Path | None = None
-    tune: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LEAST_KV_TOKENS = 4096
 _MOST_KV_TOKENS = 65_536
+_FEWEST_KV_TOKENS = 1024  # a smaller cache would hold no prompt
 _SHARE_OF_FREE_MEMORY = 0.8
 _MAX_ADAPTERS = 2  # kept on the CPU, so that an A/B run reads no files
 
@@ -43,9 +44,11 @@ class FusedRunner:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._loaded = loaded
         self._max_draft_tokens = config.max_draft_tokens
-        self.num_kv_tokens = config.kv_cache_tokens or kv_tokens_of(loaded)
+        self.num_kv_tokens = (
+            max(_FEWEST_KV_TOKENS, config.kv_cache_tokens) if config.kv_cache_tokens else kv_tokens_of(loaded)
+        )
         self._cuda = CudaRunner(loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=config.tuning_path)
-        self._cuda.warm_up(say, tune=config.tune)
+        self._cuda.warm_up(say)
         self.greedy = GreedyKernel(loaded.vocab_size, loaded.device)
         self._adapters: OrderedDict[str, LoraWeights] = OrderedDict()
         self._active = BASE
