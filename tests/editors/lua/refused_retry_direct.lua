@@ -34,7 +34,13 @@ T.check(#T.questions == 1, 'the server asked once')
 local retried = T.lines()
 
 T.set({ apply = 'direct' })
-T.choose('PlanPatch: add or mend the docstring')
+vim.cmd('let &undolevels = &undolevels') -- as a key between two commands does
+local row = vim.fn.search('def clamp', 'nw') - 1
+T.command('planpatch.patch', {
+  uri = vim.uri_from_bufnr(T.buffer),
+  position = { line = row, character = 0 },
+  intent = 'rename the parameter x to value',
+})
 T.wait('the second patch is in the buffer', function()
   return not vim.deep_equal(T.lines(), retried)
 end)
