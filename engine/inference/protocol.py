@@ -60,7 +60,7 @@ class SamplingParams:
         stop_token_ids: End tokens besides the model's own.
         grammar: Constraint on the text.
         top_logprobs: How many of the likeliest tokens to report at each generated one; 0 for none.
-        speculation: Whether tokens may be drafted; the text is the same either way.
+        speculation: Whether tokens may be drafted; the text is the same but for near ties in 16 bit.
         replay_token_ids: For benchmarks: the tokens that are chosen, whatever the model would choose; all is computed
             as if they were its own.
     """
