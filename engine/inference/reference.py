@@ -52,7 +52,8 @@ def reference_step(
     """
     ids = torch.tensor([list(token_ids)], device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        last = torch.tensor([len(token_ids) - 1], device=model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[:, -1].float()
         processors = LogitsProcessorList()
         if repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))

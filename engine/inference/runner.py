@@ -159,8 +159,12 @@ class ReferenceRunner:
             return list(self._run_batch(rows)[:, None])
         (row,) = rows
         self.settle()
-        output = self._forward(self._loaded.model, row, logits_to_keep=max(1, row.num_logits))
-        return [output.logits[0, output.logits.shape[1] - row.num_logits :]]
+        if not row.num_logits:
+            hidden = self._forward(self._loaded.model.base_model, row).last_hidden_state
+            return [hidden.new_empty((0, self._loaded.vocab_size))]
+        # by index, not as a slice: torch multiplies a slice of longer rows by a copy of the whole head
+        wanted = torch.arange(len(row.token_ids) - row.num_logits, len(row.token_ids), device=self._loaded.device)
+        return [self._forward(self._loaded.model, row, logits_to_keep=wanted).logits[0]]
 
     def hidden_sum(self, kv_cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
         """See `Runner`."""
