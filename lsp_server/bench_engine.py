@@ -39,7 +39,7 @@ DECODE_TOKENS = 192
 WORKLOADS: tuple[WorkloadName, ...] = ("answers", "references")
 _PLAN_PENALTY, _PATCH_PENALTY = 1.10, 1.03
 _TAIL_TOKENS = 12  # what differs between the prompts of a PLAN and its PATCH
-_LOOKUP_TOKENS = 10
+_GENERATE = {"generate": 0, "generate_lookup": 10}  # prompt_lookup_num_tokens
 
 Say = Callable[[str], None]
 
@@ -263,9 +263,18 @@ def measure(
     Returns:
         The figures by backend.
     """
-    found: dict[str, Figures] = {}
+    found: dict[str, Figures] = {name: Figures() for name in ("planpatch", *_GENERATE) if name in backends}
     copy_gb_per_s = copy_rate(loaded.device)
-    if "planpatch" in backends:
+
+    def measure_generate() -> None:
+        for name in _GENERATE.keys() & found.keys():
+            _reset_peak(loaded.device)
+            found[name] = _measure_backend(GenerateBackend(loaded, _GENERATE[name]), workload, sizes, say)
+            found[name].peak_memory_gb = _peak_memory_gb(loaded.device)
+
+    if loaded.device.type == "cpu":
+        measure_generate()  # before the engine changes the model's modules
+    if "planpatch" in found:
         _reset_peak(loaded.device)
         with InProcessEngine(loaded.name, loaded.folder, lambda: loaded, digest=loaded.digest, config=config) as engine:
             engine.wait_until_ready()
@@ -275,11 +284,8 @@ def measure(
         _reset_peak(loaded.device)
         say("planpatch: decode by width")
         figures.decode_ms, figures.decode_sequences_ms = measure_widths(loaded, config, sizes)
-    for name, lookup_tokens in (("generate", 0), ("generate_lookup", _LOOKUP_TOKENS)):
-        if name in backends:
-            _reset_peak(loaded.device)
-            found[name] = _measure_backend(GenerateBackend(loaded, lookup_tokens), workload, sizes, say)
-            found[name].peak_memory_gb = _peak_memory_gb(loaded.device)
+    if loaded.device.type != "cpu":
+        measure_generate()
     num_bytes = step_bytes(loaded, CONTEXT_TOKENS + sizes.decode_tokens // 2)
     for figures in found.values():
         if figures.decode_tok_per_s:

@@ -82,13 +82,15 @@ def context_length_of(folder: Path) -> int:
 def set_runtime_defaults() -> None:
     """Set what torch's libraries read from the environment once, unless the user did. Call before torch is imported.
 
-    CUDA's allocator grows segments. OpenMP's threads sleep instead of spinning when they wait: where other programs use
-    the cores, a spinning thread keeps its own partner from running (3 to 4 times slower; DECISIONS.md has the figures).
+    CUDA's allocator grows segments. OpenMP's threads spin for some 10 µs when they wait, then sleep: where other
+    programs use the cores, a spinning thread keeps its own partner from running (DECISIONS.md has the figures).
     oneDNN keeps few compiled shapes: by default a thousand, one for each length of text, at a megabyte each.
     """
     if "torch" in sys.modules:
         return
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp heeds it before the policy
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

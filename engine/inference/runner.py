@@ -224,6 +224,10 @@ def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], 
 
             return FusedRunner(loaded, config, say)
         log.warning("the model runs on transformers, not on the fast path: %s", reason)
+    if loaded.device.type == "cpu" and config.fast_path:
+        from engine.inference.cpu import speed_up
+
+        speed_up(loaded.model)
     return ReferenceRunner(loaded, config)
 
 

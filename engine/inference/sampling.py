@@ -134,12 +134,14 @@ class Sampler:
     def _with_logprobs(self, token_ids: list[int], logits: torch.Tensor) -> list[Choice]:
         if not self._params.top_logprobs:
             return [Choice(token_id) for token_id in token_ids]
-        logprobs = logits[: len(token_ids)].log_softmax(-1)
-        top = logprobs.topk(min(self._params.top_logprobs, logits.shape[-1]))
-        chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])[:, 0].tolist()
+        logits = logits[: len(token_ids)]
+        total = logits.logsumexp(-1, keepdim=True)
+        top = logits.topk(min(self._params.top_logprobs, logits.shape[-1]))
+        places = torch.tensor(token_ids, device=logits.device)[:, None]
+        chosen = (logits.gather(1, places) - total)[:, 0].tolist()
         choices: list[Choice] = []
         for token_id, logprob, ids, values in zip(
-            token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+            token_ids, chosen, top.indices.tolist(), (top.values - total).tolist(), strict=True
         ):
             pairs = zip(ids, values, strict=True)
             choices.append(Choice(token_id, logprob, tuple(TokenLogprob(*pair) for pair in pairs)))
@@ -148,25 +150,22 @@ class Sampler:
     def _penalised(self, logits: torch.Tensor, draft_token_ids: Sequence[int]) -> torch.Tensor:
         """Keskar et al. 2019 (CTRL), section 4.1, in transformers' form: seen logits shrink towards minus infinity.
 
-        After a draft token it has been seen too.
+        After a draft token it has been seen too. Only the logits of seen tokens are looked at.
         """
         if self._seen is None:
             return logits
-        penalty, seen = self._params.repetition_penalty, self._seen[None]
+        penalty, token_ids = self._params.repetition_penalty, self._seen.nonzero()[:, 0]
+        is_seen = torch.ones(len(logits), len(token_ids), dtype=torch.bool, device=logits.device)
         if draft_token_ids:
-            seen = self._seen_with(draft_token_ids)
-        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-    def _seen_with(self, draft_token_ids: Sequence[int]) -> torch.Tensor:
-        """What has been seen after each draft token, bool `[1 + num_draft_tokens, vocab_size]`."""
-        assert self._seen is not None
-        first_at = {token_id: place for place, token_id in reversed(list(enumerate(draft_token_ids)))}
-        rows = torch.arange(1 + len(draft_token_ids), device=self._seen.device)
-        places = torch.tensor(list(first_at.values()), device=self._seen.device)
-        token_ids = torch.tensor(list(first_at), device=self._seen.device).expand(len(rows), -1)
-        drafted = rows[:, None] > places
-        seen = self._seen.repeat(len(rows), 1)
-        return seen.scatter_(1, token_ids, drafted | seen.gather(1, token_ids))
+            first_at = {token_id: place for place, token_id in reversed(list(enumerate(draft_token_ids)))}
+            drafted = torch.tensor(list(first_at.items()), device=logits.device)
+            drafted = drafted[~self._seen[drafted[:, 0]]]  # [num_fresh, (token_id, place)]
+            token_ids = torch.cat([token_ids, drafted[:, 0]])
+            rows = torch.arange(len(logits), device=logits.device)
+            is_seen = torch.cat([is_seen, rows[:, None] > drafted[:, 1]], dim=1)
+        known = logits[:, token_ids]
+        changed = torch.where(known > 0, known / penalty, known * penalty)
+        return logits.index_copy(1, token_ids, torch.where(is_seen, changed, known))
 
     def _sample(self, logits: torch.Tensor) -> int:
         params = self._params

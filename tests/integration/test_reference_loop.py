@@ -87,10 +87,11 @@ EDITS = [  # function, intent
 
 
 class Bench:
-    """One loaded model, shared by the engine and the reference."""
+    """One model, loaded for the engine, which changes its modules, and once more for the reference."""
 
     def __init__(self, folder: Path, quantization: str) -> None:
         self.loaded: LoadedModel = load_model("0.5b", "digest", folder, device="cpu", quantization=quantization)
+        self.plain: LoadedModel = load_model("0.5b", "digest", folder, device="cpu", quantization=quantization)
         config = EngineConfig(prefill_chunk_tokens=32)
         self.engine = InProcessEngine("0.5b", folder, lambda: self.loaded, config=config)
         self.engine.wait_until_ready()
@@ -110,7 +111,7 @@ class Bench:
             eos = min(self.engine.tokenizer.eos_token_ids)
             matcher = GrammarCompiler(self.loaded.folder, self.loaded.vocab_size, eos).compile(params.grammar)
         return reference_generate(
-            self.loaded.model,
+            self.plain.model,
             prompt,
             params.max_new_tokens,
             eos_token_ids=self.engine.tokenizer.eos_token_ids,
@@ -377,7 +378,7 @@ def test_bf16_differs_from_its_reference_only_at_ties(
         for index, token_id in enumerate(completion.token_ids):
             before = [*request.prompt_token_ids, *completion.token_ids[:index]]
             penalty = request.params.repetition_penalty
-            step = reference_step(bench.loaded.model, before, repetition_penalty=penalty)
+            step = reference_step(bench.plain.model, before, repetition_penalty=penalty)
             num_tokens += 1
             if step.token_id != token_id:
                 ties.append((bench.engine.tokenizer.decode(before[-8:]), index, step.gap))
