@@ -32,6 +32,7 @@ from lsp_server.settings import SettingProblem, Settings, load_settings
 _RETENTION_INTERVAL_S = 24 * 3600
 _FOREVER_DAYS = 36_500
 _NO_LIMIT_BYTES = 2**62
+_FORKS_AT_ONCE_GPU = 8
 
 
 class Session:
@@ -260,7 +261,7 @@ def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **cha
     Args:
         settings: What holds.
         surface: Who asks.
-        on_gpu: Which time limits hold.
+        on_gpu: Which time limits hold, and whether candidates decode side by side.
         **changes: Fields to set otherwise.
 
     Returns:
@@ -292,6 +293,7 @@ def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **cha
         "surroundings_chars": settings.surroundings_chars,
         "context_tokens": settings.context_tokens,
         "style": settings.style,
+        "forks_at_once": _FORKS_AT_ONCE_GPU if on_gpu else 1,  # on a CPU one with drafts is as fast as several without
         "priority": Priority.BACKGROUND if surface == "bench" else Priority.INTERACTIVE,
         "surface": surface,
     }

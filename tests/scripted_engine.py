@@ -89,6 +89,11 @@ class ScriptedEngine:
         self._is_closed = False
         self.requests: list[GenerationRequest] = []
         self.was_cancelled = threading.Event()
+        self.most_waiting: int | None = None
+
+    @property
+    def num_cancelled(self) -> int:
+        return len(self._cancelled)
 
     @property
     def tokenizer(self) -> ByteTokenizer:
@@ -102,6 +107,8 @@ class ScriptedEngine:
         self._check_open()
         check_length(len(request.prompt_token_ids), request.params.max_new_tokens, self._context_length)
         with self._lock:
+            if self.most_waiting is not None and len(self._waiting) >= self.most_waiting:
+                raise EngineError("The engine's queue is full", queue_full=True)
             number = next(self._numbers)
             self.requests.append(request)
             answer = None if callable(self._script) else self._script[number]

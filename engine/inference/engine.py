@@ -453,7 +453,7 @@ class InProcessEngine:
         ]
         while not self._runner.has_room(needs) and self._prefix_cache.drop_oldest():
             pass
-        others = [one for one in self._sequences.values() if one not in sequences and one.num_computed]
+        others = [one for one in list(self._sequences.values()) if one not in sequences and one.num_computed]
         for other in sorted(others, key=lambda one: one.rank, reverse=True):
             if self._runner.has_room(needs):
                 return
@@ -529,10 +529,28 @@ class InProcessEngine:
         if request.params.grammar is not None:
             sequence.matcher = self._compiler().compile(request.params.grammar)
         if not request.embed:  # an embedding needs every hidden state
-            sequence.kv_cache = self._prefix_cache.take(sequence.adapter_digest, sequence.token_ids)
+            sequence.kv_cache = self._known_prefix(sequence)
         if sequence.kv_cache is None:
             sequence.kv_cache = self._runner.new_kv_cache()
         sequence.num_computed = sequence.num_cached_tokens = sequence.kv_cache.num_tokens
+
+    def _known_prefix(self, sequence: _Sequence) -> SequenceCache | None:
+        """The longest beginning of its prompt that a running request has computed, or an ended one left."""
+        from engine.inference.kv_cache import num_common
+
+        digest, token_ids = sequence.adapter_digest, sequence.token_ids
+        nearest, longest = None, 0
+        for other in list(self._sequences.values()):  # others submit meanwhile
+            kv_cache = other.kv_cache
+            if other is sequence or other.adapter_digest != digest or kv_cache is None or not kv_cache.can_go_back:
+                continue
+            length = min(num_common(other.token_ids, token_ids), kv_cache.num_tokens, len(token_ids) - 1)
+            if length > longest:
+                nearest, longest = kv_cache, length
+        with suppress(EngineError):  # no page is free for the copy, and there will be by the time it computes
+            taken = self._prefix_cache.take(digest, token_ids, longer_than=longest)
+            return nearest.copy_prefix(longest) if taken is None and nearest is not None else taken
+        return None
 
     def _compiler(self) -> GrammarCompiler:
         from engine.inference.grammar import GrammarCompiler
@@ -729,7 +747,7 @@ class InProcessEngine:
         if not isinstance(fault, torch.OutOfMemoryError):
             raise fault
         lost = [id(kv_cache) for kv_cache in self._runner.abandon()]
-        others = [sequence for sequence in self._sequences.values() if id(sequence.kv_cache) in lost]
+        others = [sequence for sequence in list(self._sequences.values()) if id(sequence.kv_cache) in lost]
         sequences = list({sequence.id: sequence for sequence in (*sequences, *others)}.values())
         self._prefix_cache.clear()
         torch.cuda.empty_cache()

@@ -221,19 +221,20 @@ class PrefixCache:
         """Memory of all caches."""
         return sum(entry.kv_cache.num_bytes for _, entry in self._entries.values())
 
-    def take(self, adapter: str, token_ids: Sequence[int]) -> SequenceCache | None:
+    def take(self, adapter: str, token_ids: Sequence[int], longer_than: int = 0) -> SequenceCache | None:
         """A cache that holds the longest known prefix of `token_ids`, the last token never counted.
 
         Args:
             adapter: Digest of the adapter that computed it; others do not fit.
             token_ids: The prompt.
+            longer_than: Tokens of the prefix that are to be had elsewhere.
 
         Returns:
-            A cache that the caller owns, or None when no prefix is known.
+            A cache that the caller owns, or None when no longer prefix is known.
         """
-        best_key, best_length = None, 0
+        best_key, best_length = None, longer_than
         for key, (entry_adapter, entry) in self._entries.items():
-            length = min(_num_common(entry.token_ids, token_ids), entry.kv_cache.num_tokens, len(token_ids) - 1)
+            length = min(num_common(entry.token_ids, token_ids), entry.kv_cache.num_tokens, len(token_ids) - 1)
             if entry_adapter == adapter and length > best_length:
                 best_key, best_length = key, length
         if best_key is None:
@@ -267,7 +268,8 @@ class PrefixCache:
             pass
 
 
-def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
+def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
     for index, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return index

@@ -13,8 +13,9 @@ import math
 import re
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,7 @@ class PatcherOptions:
         style: A sentence on code style.
         num_repairs: Repair attempts after a gate refused.
         num_forks: Second choices that are followed when an answer changes nothing.
+        forks_at_once: How many of them decode beside each other, as rows of one step; the result is the same.
         priority: Of every request.
         surface: Who asks, for the ledger.
     """
@@ -130,6 +132,7 @@ class PatcherOptions:
     style: str = ""
     num_repairs: int = 1
     num_forks: int = 8
+    forks_at_once: int = 1
     priority: Priority = Priority.INTERACTIVE
     surface: Surface = "cli"
 
@@ -585,47 +588,59 @@ class Patcher:
         if not completion.top_logprobs:
             return None
         deadline_s = job.timings.generation_s + (self.options.patch.max_time_s or math.inf)
-        for fork in likeliest_forks(
+        forks = likeliest_forks(
             completion.token_ids,
             completion.top_logprobs,
             self.options.num_forks,
             min_probability=_LEAST_SECOND_CHOICE,
             excluded=self.engine.tokenizer.eos_token_ids,
-        ):
+        )
+        for start in range(0, len(forks), self.options.forks_at_once):
             if (left_s := deadline_s - job.timings.generation_s) <= 0:
                 break
-            attempt = self._follow(job, unchanged, fork, left_s, listener)
-            if attempt is not None and attempt.report.ok and not attempt.proof.loses_its_value:
-                found = found or replace(attempt, notes=(_SECOND_CHOICE,))
-                if attempt.report.changes_program:
-                    return replace(attempt, notes=(_SECOND_CHOICE,))
+            group = forks[start : start + self.options.forks_at_once]
+            with closing(self._follow(job, unchanged, group, left_s, listener)) as attempts:
+                for attempt in attempts:
+                    if not attempt.report.ok or attempt.proof.loses_its_value:
+                        continue
+                    found = found or replace(attempt, notes=(_SECOND_CHOICE,))
+                    if attempt.report.changes_program:
+                        return replace(attempt, notes=(_SECOND_CHOICE,))
         return found
 
     def _follow(
-        self, job: _Job, unchanged: _Attempt, fork: Fork, left_s: float, listener: Listener | None
-    ) -> _Attempt | None:
-        """The answer that goes on from a second choice; None if it does not end within the budget."""
-        head = (*unchanged.completion.token_ids[: fork.position], fork.token_id)
-        params = unchanged.request.params
-        left = params.max_new_tokens - len(head)
-        if left < 1:
-            return None
-        request = replace(
-            unchanged.request,
-            prompt_token_ids=(*unchanged.request.prompt_token_ids, *head),
-            params=replace(
-                params, max_new_tokens=left, max_time_s=None if left_s == math.inf else left_s, top_logprobs=0
-            ),
-        )
-        completion = self._generate(request, job.scope, "repair", listener)
-        job.timings = job.timings.plus(completion)
-        if completion.finish_reason is FinishReason.CANCELLED:
-            _check_ended(completion, "PATCH", is_plan=False)
-        answer = StopText(params.stop)  # a stop string may begin in the head
-        answer.push(self.engine.tokenizer.decode((*head, *completion.token_ids)))
-        if completion.finish_reason is not FinishReason.STOP and not answer.is_stopped:
-            return None
-        return self._judged(job, request, completion, answer.text, listener)
+        self, job: _Job, unchanged: _Attempt, forks: Sequence[Fork], left_s: float, listener: Listener | None
+    ) -> Generator[_Attempt]:
+        """The answers that go on from second choices, in their order; not those that do not end within the budget.
+
+        All are in the engine at once and share the prompt's keys and values. Who closes this early cancels the rest.
+        """
+        params, asked = unchanged.request.params, deque[tuple[str, GenerationRequest, tuple[int, ...]]]()
+        max_time_s = None if left_s == math.inf else left_s
+        try:
+            for fork in forks:
+                head = (*unchanged.completion.token_ids[: fork.position], fork.token_id)
+                if (left := params.max_new_tokens - len(head)) < 1:
+                    continue
+                request = replace(
+                    unchanged.request,
+                    prompt_token_ids=(*unchanged.request.prompt_token_ids, *head),
+                    params=replace(params, max_new_tokens=left, max_time_s=max_time_s, top_logprobs=0),
+                )
+                asked.append((self._submit(request, job.scope), request, head))
+            while asked:
+                request_id, request, head = asked.popleft()
+                completion = self._stream(request_id, "repair", listener)
+                job.timings = job.timings.plus(completion)
+                if completion.finish_reason is FinishReason.CANCELLED:
+                    _check_ended(completion, "PATCH", is_plan=False)
+                answer = StopText(params.stop)  # a stop string may begin in the head
+                answer.push(self.engine.tokenizer.decode((*head, *completion.token_ids)))
+                if completion.finish_reason is FinishReason.STOP or answer.is_stopped:
+                    yield self._judged(job, request, completion, answer.text, listener)
+        finally:
+            for request_id, _, _ in asked:
+                self.engine.cancel(request_id)
 
     def _check_patch_fits(self, job: _Job) -> None:
         """Refuse a function that PATCH could not write, before PLAN has read it for minutes."""
@@ -759,8 +774,13 @@ class Patcher:
     def _generate(
         self, request: GenerationRequest, scope: Scope, stage: Stage, listener: Listener | None
     ) -> Completion:
+        return self._stream(self._submit(request, scope), stage, listener)
+
+    def _submit(self, request: GenerationRequest, scope: Scope) -> str:
         with _named(scope):
-            request_id = self.engine.submit(request)
+            return self.engine.submit(request)
+
+    def _stream(self, request_id: str, stage: Stage, listener: Listener | None) -> Completion:
         for event in self.engine.stream(request_id):
             if isinstance(event, Completion):
                 return event

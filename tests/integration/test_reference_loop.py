@@ -157,6 +157,16 @@ def test_a_reused_prefix_gives_the_tokens_of_a_fresh_prefill(fp32: Bench, length
     check_equal(fp32, again, params, branch)
 
 
+def test_equal_prompts_at_once_share_their_prefill(fp32: Bench, length: Callable[[int, int], int]) -> None:
+    params = SamplingParams(max_new_tokens=length(8, 32), repetition_penalty=1.03)
+    prompt = fp32.prompt(TEXTS[0] + "\nSay it in other words.")
+    asked = [fp32.engine.submit(GenerationRequest(prompt, params)) for _ in range(3)]
+    completions = [next(e for e in fp32.engine.stream(one) if isinstance(e, Completion)) for one in asked]
+    assert [one.num_cached_tokens for one in completions[1:]] == [len(prompt) - 1] * 2
+    assert len({one.token_ids for one in completions}) == 1
+    check_equal(fp32, prompt, params, completions[0])
+
+
 def test_the_likeliest_tokens_and_what_follows_a_second_choice_equal_the_reference(
     fp32: Bench, length: Callable[[int, int], int]
 ) -> None:

@@ -39,7 +39,11 @@ CONFIGS = {
     "one head a group": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, attention_bias=True),
     "window": MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8),
     "eager attention": Gemma2Config(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_implementation="eager"
+        **SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     ),
 }
 

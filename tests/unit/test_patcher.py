@@ -308,6 +308,37 @@ def test_a_model_that_is_sure_is_believed() -> None:
     assert len(desk.engine.requests) == 1
 
 
+def test_second_choices_at_once_give_what_one_after_the_other_gives_and_the_rest_is_cancelled() -> None:
+    first = hesitating((MINUS, "*", -1.0), (RETURN + 7, "s", -1.5), (MINUS - 1, "+", -2.0), (4, " ", -2.5))
+
+    heads = {BYTES[:MINUS].decode() + "*": " broken (\n", BYTES[: RETURN + 7].decode() + "s": SUM[8:]}
+
+    def script(prompt: str) -> Reply | str:
+        return next((rest for head, rest in heads.items() if prompt.endswith(head)), first)
+
+    found: list[Patch] = []
+    for forks_at_once in (1, 2, 8):
+        desk = Desk(script, forks_at_once=forks_at_once)
+        found.append(desk.patch())
+        num_asked = 1 + {1: 2, 2: 2, 8: 4}[forks_at_once]
+        assert len(desk.engine.requests) == num_asked
+        assert desk.engine.num_cancelled == num_asked - 3, "what came after the one that passed"
+    assert {(patch.patched.text, patch.num_attempts) for patch in found} == {(found[0].patched.text, 3)}
+
+
+def test_a_cancel_or_a_full_queue_leaves_no_second_choice_behind() -> None:
+    answer = hesitating((MINUS, "+", -1.0), (RETURN + 7, "s", -2.0), (4, " ", -3.0))
+    desk = Desk([answer, Reply("", FinishReason.CANCELLED), "", ""], forks_at_once=8)
+    with pytest.raises(CancelledError):
+        desk.patch()
+    assert desk.engine.num_cancelled == 2
+    full = Desk([answer, "", ""], forks_at_once=8)
+    full.engine.most_waiting = 2
+    with pytest.raises(EngineError, match="queue is full"):
+        full.patch()
+    assert full.engine.num_cancelled == 2
+
+
 def test_second_choices_stay_within_the_time_of_one_answer() -> None:
     answer = hesitating((MINUS, "+", -1.0), (RETURN + 7, "s", -2.0))
     desk = Desk([answer, " (\n"], patch=StageOptions(2000, 1.0, max_time_s=0.5), num_repairs=0)
