@@ -37,7 +37,7 @@ CONTEXT_TOKENS = 900
 PLAN_TOKENS = 16
 DECODE_TOKENS = 192
 WORKLOADS: tuple[WorkloadName, ...] = ("answers", "references")
-_PLAN_PENALTY, _PATCH_PENALTY = 1.10, 1.03
+PLAN_PENALTY, PATCH_PENALTY = 1.10, 1.03
 _TAIL_TOKENS = 12  # what differs between the prompts of a PLAN and its PATCH
 _GENERATE = {"generate": 0, "generate_lookup": 10}  # prompt_lookup_num_tokens
 
@@ -297,10 +297,10 @@ def measure(
 def _measure_backend(backend: Backend, workload: Workload, sizes: Sizes, say: Say) -> Figures:
     figures = Figures()
     prompts = _Prompts([one for one in workload.recordings if one.workload == "references"])
-    backend.replay(prompts.next(), prompts.some_tokens(4), _PATCH_PENALTY)  # warm-up
+    backend.replay(prompts.next(), prompts.some_tokens(4), PATCH_PENALTY)  # warm-up
     say(f"{backend.name}: prefill of {CONTEXT_TOKENS} tokens and decode of {sizes.decode_tokens}")
     alone = [
-        backend.replay(prompts.next(), prompts.some_tokens(sizes.decode_tokens), _PATCH_PENALTY, speculation=False)
+        backend.replay(prompts.next(), prompts.some_tokens(sizes.decode_tokens), PATCH_PENALTY, speculation=False)
         for _ in range(sizes.num_repeats)
     ]
     figures.prefill_ms = figures.ttft_ms = 1000 * statistics.median(one.prefill_s for one in alone)
@@ -312,7 +312,7 @@ def _measure_backend(backend: Backend, workload: Workload, sizes: Sizes, say: Sa
         say(f"{backend.name}: {len(recordings)} edits of the workload {name}")
         replays = [_plan_and_patch(backend, prompts, one, plans, patches) for one in recordings]
         if replays:
-            figures.workloads[name] = _rates(replays)
+            figures.workloads[name] = replay_rates(replays)
     rates = [one["tok_per_s"] for one in figures.workloads.values()]
     figures.patch_tok_per_s = min(rates, default=None)  # type: ignore[type-var]
     figures.plan_p50_ms = 1000 * statistics.median(plans) if plans else None
@@ -326,13 +326,21 @@ def _plan_and_patch(
     """A PLAN, then the PATCH whose prompt begins with the same tokens."""
     prompt = prompts.next(recording.prompt)
     plan_prompt = (*prompt[:-_TAIL_TOKENS], *prompts.some_tokens(_TAIL_TOKENS))
-    plans.append(backend.replay(plan_prompt, prompts.some_tokens(PLAN_TOKENS), _PLAN_PENALTY).total_s)
-    patch = backend.replay(prompt, recording.answer, _PATCH_PENALTY)
+    plans.append(backend.replay(plan_prompt, prompts.some_tokens(PLAN_TOKENS), PLAN_PENALTY).total_s)
+    patch = backend.replay(prompt, recording.answer, PATCH_PENALTY)
     patches.append(patch.total_s)
     return patch
 
 
-def _rates(replays: Sequence[Replay]) -> dict[str, float]:
+def replay_rates(replays: Sequence[Replay]) -> dict[str, float]:
+    """Of some replays together.
+
+    Args:
+        replays: At least one.
+
+    Returns:
+        Their number, tokens, output tokens a second after the first token, and what drafts gave where there were any.
+    """
     num_tokens = sum(one.num_tokens - 1 for one in replays)
     num_drafted, num_steps = sum(one.num_draft_tokens for one in replays), sum(one.num_steps for one in replays)
     rates = {
@@ -394,7 +402,7 @@ def measure_widths(
                 first.truncate(CONTEXT_TOKENS)
 
             if runner.most_drafts(1) >= width - 1:
-                drafts[str(width)] = _median_ms(step, loaded.device, sizes.num_repeats)
+                drafts[str(width)] = median_ms(step, loaded.device, sizes.num_repeats)
         for width in sizes.widths:
             if not runner.has_room([(runner.new_kv_cache(), 128)] * width):  # a page of its own each, and drafts
                 break
@@ -403,7 +411,7 @@ def measure_widths(
             def step_all(caches: Sequence[Any] = caches) -> None:
                 runner.run([Row(cache, [100], 1) for cache in caches])
 
-            sequences[str(width)] = _median_ms(step_all, loaded.device, sizes.num_repeats)
+            sequences[str(width)] = median_ms(step_all, loaded.device, sizes.num_repeats)
             runner.settle()
             for cache in caches:
                 cache.release()
@@ -411,7 +419,17 @@ def measure_widths(
     return drafts, sequences
 
 
-def _median_ms(step: Callable[[], None], device: torch.device, num_repeats: int) -> float:
+def median_ms(step: Callable[[], None], device: torch.device, num_repeats: int) -> float:
+    """Time of one call, the device idle before and after.
+
+    Args:
+        step: What is timed.
+        device: Where it runs.
+        num_repeats: Half of how often it is timed, after two calls that are not.
+
+    Returns:
+        The median, in milliseconds.
+    """
     times: list[float] = []
     for _ in range(2 + 2 * num_repeats):
         _synchronize(device)

@@ -95,7 +95,7 @@ class DraftLength:
     def __init__(self, least: int, most: int) -> None:
         self._least = min(least, most)
         self._most = most
-        self.num_tokens = most // 2
+        self.num_tokens = max(self._least, most // 2)
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Take in how one draft went."""

@@ -100,6 +100,10 @@ def test_drafts_grow_while_they_are_right_and_shrink_to_what_was() -> None:
     assert length.num_tokens == 4
 
 
+def test_a_single_draft_token_at_most_is_one_not_none() -> None:
+    assert DraftLength(1, 1).num_tokens == 1
+
+
 def test_no_speculation_is_no_drafts() -> None:
     length = DraftLength(7, 0)
     assert length.num_tokens == 0
