@@ -53,15 +53,26 @@ class Sizes:
         num_repeats: Repeats of what is measured alone.
         widths: Rows of one step.
         decode_tokens: Tokens of the one-row rate.
+        slow_recordings: Recordings of each workload for `generate`, which takes minutes for one in 8 bit.
+        slow_repeats: Its repeats.
     """
 
     num_recordings: int | None = None
     num_repeats: int = 5
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     decode_tokens: int = DECODE_TOKENS
+    slow_recordings: int = 2
+    slow_repeats: int = 2
+
+    def of_generate(self) -> Sizes:
+        """What of it is measured of `generate`."""
+        num_recordings = min(self.slow_recordings, self.num_recordings or self.slow_recordings)
+        return replace(self, num_recordings=num_recordings, num_repeats=min(self.num_repeats, self.slow_repeats))
 
 
-CPU_SIZES = Sizes(num_recordings=6, num_repeats=3, widths=(1, 2, 4, 8, 16, 32), decode_tokens=48)
+CPU_SIZES = Sizes(
+    num_recordings=6, num_repeats=3, widths=(1, 2, 4, 8, 16, 32), decode_tokens=48, slow_recordings=6, slow_repeats=3
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +280,8 @@ def measure(
     def measure_generate() -> None:
         for name in _GENERATE.keys() & found.keys():
             _reset_peak(loaded.device)
-            found[name] = _measure_backend(GenerateBackend(loaded, _GENERATE[name]), workload, sizes, say)
+            backend = GenerateBackend(loaded, _GENERATE[name])
+            found[name] = _measure_backend(backend, workload, sizes.of_generate(), say)
             found[name].peak_memory_gb = _peak_memory_gb(loaded.device)
 
     if loaded.device.type == "cpu":
@@ -617,7 +629,8 @@ def bench_engine(
             hint="Record the edits with this model's tokenizer (benchmarks/record_workload.py), and give --workload.",
         )
     sizes = Sizes() if on_gpu else CPU_SIZES
-    sizes = replace(sizes, num_recordings=num_edits or sizes.num_recordings)
+    if num_edits is not None:
+        sizes = replace(sizes, num_recordings=num_edits, slow_recordings=num_edits)
     found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say)
     if llama_cpp is not None and gguf is not None:
         console.say("llama.cpp")

@@ -315,7 +315,10 @@ def engine(
         str, typer.Option(help="Which of planpatch, generate and generate_lookup, with commas between.")
     ] = "planpatch,generate,generate_lookup",
     edits: Annotated[
-        int | None, typer.Option(min=1, help="Edits of each workload; all on a GPU, 6 on CPU.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Edits of each workload; all on a GPU, but 2 for generate; 6 on CPU.", show_default=False
+        ),
     ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="The llama-bench of llama.cpp, to be run too; needs --gguf.", show_default=False)
