@@ -25,6 +25,7 @@ from torch import nn
 
 from engine.errors import AdapterError
 from engine.inference.cuda import kernels as triton_kernels
+from engine.inference.cuda.driver import allow_shared_memory
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
 from engine.inference.cuda.tuning import Kind, Tiles, TuningFile, candidate_tiles, default_tiles
 from engine.inference.cuda.weights import INT8, NF4, PLAIN, FusedLinear, LoraWeights, base_of, fuse, kind_of
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from engine.inference.loading import LoadedModel
 
 kernels: Any = triton_kernels  # a kernel is launched as `kernel[grid](...)`, which its type does not know
+
+_Launch = tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -368,14 +371,13 @@ class CudaRunner:
         tiles = self._tiles_of(linear, block_rows)
         if lora is not None:
             self._lora_a(linear, x, lora, width)
-        grid, arguments, options = self._launch(linear, x, out, width, tiles, lora, order)
-        kernels.linear_kernel[grid](*arguments, **options)
+        _start(self._launch(linear, x, out, width, tiles, lora, order))
         return tiles.splits
 
     def _launch(
         self, linear: FusedLinear, x: torch.Tensor, out: torch.Tensor, width: int, tiles: Tiles,
         lora: _Lora | None = None, order: int = PLAIN,
-    ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    ) -> _Launch:  # fmt: skip
         """Grid, arguments and options of the kernel for one layer."""
         silu = linear.name == "gate_up"
         ends = [sum(linear.sizes[: index + 1]) for index in range(len(linear.sizes))]
@@ -387,11 +389,11 @@ class CudaRunner:
             lora.b if lora is not None else x, self._table, out, width, tiles.prefetch,
         )  # fmt: skip
         options = dict(
-            N=linear.num_outputs, K=linear.num_inputs, BN=tiles.cols, BK=tiles.inputs, BM=max(16, width),
+            N=linear.num_outputs, K=linear.num_inputs, BN=tiles.cols, BK=tiles.inputs, BM=_tile_rows(linear, width),
             KIND=linear.kind, SILU=silu, HAS_BIAS=linear.bias is not None,
             RANK=self._lora_rank if lora is not None else 0, LORA_PARTS=len(linear.sizes),
             LORA_SPLITS=_lora_splits(linear), LORA_END_0=ends[0], LORA_END_1=ends[min(1, len(ends) - 1)],
-            ORDER=order, STAGES=tiles.num_stages,
+            ORDER=order, STAGES=tiles.num_stages, THREADS=32 * tiles.num_warps,
             PDL=self._can_pdl, ASM=kernels.USE_ASM,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=self._can_pdl,
         )  # fmt: skip
@@ -403,8 +405,7 @@ class CudaRunner:
         block = next(size for size in (128, 64, 32) if linear.num_inputs % (size * _lora_splits(linear)) == 0)
         tiles = Tiles(cols=16, inputs=block, splits=_lora_splits(linear), num_warps=2)
         factor = FusedLinear("lora", PLAIN, weight, None, None, None, None, (len(weight),), linear.num_inputs)
-        grid, arguments, options = self._launch(factor, x, self._lora_t, width, tiles)
-        kernels.linear_kernel[grid](*arguments, **options)
+        _start(self._launch(factor, x, self._lora_t, width, tiles))
 
     def _rope(
         self, layer: _Layer, qkv: torch.Tensor, splits: int, q: torch.Tensor, positions: torch.Tensor,
@@ -539,8 +540,8 @@ class CudaRunner:
         launches = [self._launch(linear, x, out, rows, tiles) for linear in linears]
 
         def run() -> None:
-            for grid, arguments, options in launches:
-                kernels.linear_kernel[grid](*arguments, **options)
+            for launch in launches:
+                _start(launch)
 
         return self._replayed(run) / len(linears)
 
@@ -861,6 +862,18 @@ def _fill_lora(linear: FusedLinear, lora: _Lora, pairs: Sequence[Any], rank: int
     if lora.a_in_order is not lora.a:
         places = kernels.places_of(linear.kind, linear.num_inputs)
         lora.a_in_order[:, torch.tensor(places, device=lora.a.device)] = lora.a
+
+
+def _tile_rows(linear: FusedLinear, width: int) -> int:
+    """Rows that a program computes. The tensor cores' instruction takes 8; a row's bits are the same in one or two."""
+    return 8 if linear.kind == NF4 and width <= 8 else max(16, width)
+
+
+def _start(launch: _Launch) -> None:
+    grid, arguments, options = launch
+    if options["KIND"] == NF4:
+        allow_shared_memory(kernels.linear_kernel.warmup(*arguments, grid=grid, **options))
+    kernels.linear_kernel[grid](*arguments, **options)
 
 
 def _lora_splits(linear: FusedLinear) -> int:

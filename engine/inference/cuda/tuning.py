@@ -14,7 +14,7 @@ from typing import Literal
 
 Kind = Literal["plain", "int8", "nf4"]
 
-_VERSION = 2
+_VERSION = 3
 _MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 256}
 _MOST_SPLITS = 4  # more are a little faster by themselves, and cost the kernel that adds them more
 _SHARED_BYTES = 99_000  # of two programs on one multiprocessor of Hopper, or one of Ada
