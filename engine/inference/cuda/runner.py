@@ -28,7 +28,7 @@ from engine.inference.cuda import kernels as triton_kernels
 from engine.inference.cuda.driver import allow_shared_memory
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
 from engine.inference.cuda.tuning import Kind, Tiles, TuningFile, candidate_tiles, default_tiles
-from engine.inference.cuda.weights import INT8, NF4, PLAIN, FusedLinear, LoraWeights, base_of, fuse, kind_of
+from engine.inference.cuda.weights import INT8, NF4, PLAIN, Arena, FusedLinear, LoraWeights, base_of, fuse, kind_of
 
 if TYPE_CHECKING:
     from engine.inference.loading import LoadedModel
@@ -114,11 +114,13 @@ class CudaRunner:
         layers = list(model.model.layers)
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
         with torch.inference_mode(False), torch.no_grad():
-            self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)
             self._layers: list[_Layer] = []
-            for layer, kv in zip(layers, self._kv, strict=True):
-                self._layers.append(_read_layer(layer, kv))
-                torch.cuda.empty_cache()  # what the layer's own tensors held, in holes too small for the next
+            for layer in layers:
+                self._layers.append(_read_layer(layer, self._dtype))
+                torch.cuda.empty_cache()
+            self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)  # last: it fits into no hole
+            for layer, kv in zip(self._layers, self._kv, strict=True):
+                layer.kv = kv
             self._cos, self._sin = _rotary_table(model, num_pages * page_tokens, self.device)
         page_bytes = self._kv[:, :, 0].numel() * self._kv.element_size()
         self._pool = PagePool(num_pages, page_tokens, page_bytes, self._copy_page)
@@ -832,13 +834,15 @@ def _groups(layer: nn.Module) -> Iterator[list[nn.Module]]:
         yield [layer.get_submodule(name) for name in names]
 
 
-def _read_layer(layer: Any, kv: torch.Tensor) -> _Layer:
-    names = ("qkv", "o", "gate_up", "down")
-    qkv, o, gate_up, down = (fuse(name, modules, kv.dtype) for name, modules in zip(names, _groups(layer), strict=True))
+def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
+    names, groups = ("qkv", "o", "gate_up", "down"), list(_groups(layer))
+    arena = Arena([module for group in groups for module in group])
+    qkv, o, gate_up, down = (fuse(name, modules, dtype, arena) for name, modules in zip(names, groups, strict=True))
     norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
     input_norm, post_norm = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
-    return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, kv)
+    no_kv = torch.empty(0, dtype=dtype)  # the pool is made when all layers have been read
+    return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, no_kv)
 
 
 def _rotary_table(model: Any, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -871,7 +875,7 @@ def _tile_rows(linear: FusedLinear, width: int) -> int:
 
 def _start(launch: _Launch) -> None:
     grid, arguments, options = launch
-    if options["KIND"] == NF4:
+    if options["KIND"] == NF4 and options["ASM"]:
         allow_shared_memory(kernels.linear_kernel.warmup(*arguments, grid=grid, **options))
     kernels.linear_kernel[grid](*arguments, **options)
 
