@@ -37,8 +37,12 @@ def test_nf4_has_two_warps_whatever_the_rows() -> None:
             assert {tiles.num_warps for tiles in (default_tiles(**given), *candidate_tiles(**given))} == {2}
 
 
-def test_nf4_leaves_room_for_its_table() -> None:
-    tiles = default_tiles(**arguments(24576, 4096, False, "nf4", 16))
-    assert (tiles.cols, tiles.inputs, tiles.num_stages) == (64, 256, 3)
-    wide = default_tiles(**arguments(24576, 4096, False, "nf4", 64))
-    assert wide.num_stages * (wide.cols * wide.inputs // 2 + 64 * wide.inputs * 2) + 33_000 <= 99_000
+@pytest.mark.parametrize(("block_rows", "inputs", "num_stages"), [(16, 256, 3), (32, 256, 3), (64, 128, 4)])
+def test_nf4_leaves_room_for_its_table(block_rows: int, inputs: int, num_stages: int) -> None:
+    for shape in QWEN3_8B:
+        tiles = default_tiles(**arguments(*shape, "nf4", block_rows))
+        assert (tiles.cols, tiles.inputs, tiles.num_stages) == (64, inputs, num_stages)
+
+
+def test_nf4_is_split_into_three_programs_a_multiprocessor_of_an_h200() -> None:
+    assert [default_tiles(**arguments(*shape, "nf4", 16)).splits for shape in QWEN3_8B] == [4, 4, 1, 6]

@@ -27,7 +27,7 @@ from engine.errors import AdapterError
 from engine.inference.cuda import kernels as triton_kernels
 from engine.inference.cuda.driver import allow_shared_memory
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
-from engine.inference.cuda.tuning import Kind, Tiles, TuningFile, candidate_tiles, default_tiles
+from engine.inference.cuda.tuning import MOST_SPLITS, Kind, Tiles, TuningFile, candidate_tiles, default_tiles
 from engine.inference.cuda.weights import INT8, NF4, PLAIN, Arena, FusedLinear, LoraWeights, base_of, fuse, kind_of
 
 if TYPE_CHECKING:
@@ -154,22 +154,19 @@ class CudaRunner:
         self._sums = new(rows * self._num_heads * self._max_segments * 2, dtype=fp32)
         self._logits = new(rows, self.vocab_size, dtype=fp32)
         self._sums_of = {  # splits of a layer's output
-            "qkv": new(4 * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
-            "o": new(4 * rows * self._hidden_size, dtype=fp32),
-            "down": new(4 * rows * self._hidden_size, dtype=fp32),
+            "qkv": new(MOST_SPLITS * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
+            "o": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
+            "down": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
         }
         self._values = torch.tensor(kernels.NF4_VALUES, dtype=fp32, device=self.device)
         patterns = self._values.to(self._dtype).view(torch.int16).tolist()
         self._table = torch.tensor(kernels.nf4_table(patterns), dtype=torch.int32, device=self.device)
-        widest = max(
-            linear.num_outputs * linear.num_inputs // (2 if linear.name == "gate_up" else 1)
-            for linear in self._layers[0].linears
-        )
         needs_scratch = any(linear.kind != PLAIN for layer in self._layers for linear in layer.linears)
+        num_widened = self._inner_size * self._hidden_size // 2 if needs_scratch else 0
         num_parts = rows * self._num_heads * self._max_segments * self._head_dim
-        shared = new(max(num_parts * 4, widest * 2 if needs_scratch else 0), dtype=torch.uint8)
+        shared = new(max(num_parts * 4, num_widened * 2), dtype=torch.uint8)
         self._parts = shared[: num_parts * 4].view(fp32)  # narrow steps
-        self._scratch = shared[: widest * 2 if needs_scratch else 0].view(self._dtype)  # wide steps
+        self._scratch = shared[: num_widened * 2].view(self._dtype)  # wide steps
         torch.cuda.empty_cache()
 
     # --- what it can run ---------------------------------------------------------------------------------------------
@@ -726,8 +723,17 @@ class CudaRunner:
 
     def _multiply(self, linear: FusedLinear, x: torch.Tensor, lora: _Lora | None) -> torch.Tensor:
         """`[num_rows, num_outputs]`, 16 bit."""
-        weight = self._widened(linear, 0, linear.num_outputs)
-        y = x @ weight.T if linear.bias is None else torch.addmm(linear.bias, x, weight.T)
+        y = torch.empty((len(x), linear.num_outputs), dtype=x.dtype, device=x.device)
+        num_cols = linear.num_outputs
+        if linear.kind != PLAIN:
+            num_cols = min(num_cols, self._scratch.numel() // linear.num_inputs)
+        for first in range(0, linear.num_outputs, num_cols):
+            last = min(first + num_cols, linear.num_outputs)
+            weight, out = self._widened(linear, first, last), y[:, first:last]
+            if linear.bias is None:
+                torch.mm(x, weight.T, out=out)
+            else:
+                torch.addmm(linear.bias[first:last], x, weight.T, out=out)
         if lora is not None:
             start = 0
             for part, size in enumerate(linear.sizes):
