@@ -25,7 +25,7 @@ from torch import nn
 
 from engine.errors import AdapterError
 from engine.inference.cuda import kernels as triton_kernels
-from engine.inference.cuda.driver import allow_shared_memory
+from engine.inference.cuda.driver import allow_shared_memory, whole_segments
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
 from engine.inference.cuda.tuning import MOST_SPLITS, Kind, Tiles, TuningFile, candidate_tiles, default_tiles
 from engine.inference.cuda.weights import INT8, NF4, PLAIN, Arena, FusedLinear, LoraWeights, base_of, fuse, kind_of
@@ -115,10 +115,12 @@ class CudaRunner:
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
         with torch.inference_mode(False), torch.no_grad():
             self._layers: list[_Layer] = []
-            for layer in layers:
-                self._layers.append(_read_layer(layer, self._dtype))
+            with whole_segments():
+                for layer in layers:
+                    torch.cuda.empty_cache()  # what the layer before has left
+                    self._layers.append(_read_layer(layer, self._dtype))
                 torch.cuda.empty_cache()
-            self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)  # last: it fits into no hole
+                self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)  # last: it fits into no hole
             for layer, kv in zip(self._layers, self._kv, strict=True):
                 layer.kv = kv
             self._cos, self._sin = _rotary_table(model, num_pages * page_tokens, self.device)
