@@ -76,7 +76,7 @@ def places_of(kind: int, num_inputs: int) -> list[int]:
     quarter = num_inputs // 4
     if kind == KIND_INT8.value:
         return [k % 4 * quarter + k // 4 for k in range(num_inputs)]
-    return [(k % 8 // 4 * 2 + k % 2) * quarter + k // 8 * 2 + k % 4 // 2 for k in range(num_inputs)]
+    return [k % 8 // 2 * quarter + k // 8 * 2 + k % 2 for k in range(num_inputs)]
 
 
 def num_segments(num_tokens: int) -> int:
@@ -95,7 +95,7 @@ def _place(k, SIZE: tl.constexpr, ORDER: tl.constexpr):
     if ORDER == KIND_INT8:
         return (k % 4) * (SIZE // 4) + k // 4
     elif ORDER == KIND_NF4:
-        return (k % 8 // 4 * 2 + k % 2) * (SIZE // 4) + k // 8 * 2 + k % 4 // 2
+        return k % 8 // 2 * (SIZE // 4) + k // 8 * 2 + k % 2
     else:
         return k
 
@@ -184,102 +184,123 @@ NF4_VALUES = (
 
 
 def nf4_table(values: Sequence[int]) -> list[int]:
-    """Sixteen 16-bit values as eight int32, for lookups by `prmt`: four of high bytes, then four of low bytes.
+    """What a byte of two weights becomes: 256 int32 of two 16-bit values, that of the high four bits first.
 
-    Four numbers follow by which `_scale_of_block` knows blocks 0 to 3.
+    Four numbers follow by which `_widen_nf4` knows blocks 0 to 3.
     """
-    table: list[int] = []
-    for shift in (8, 0):
-        data = bytes(value >> shift & 0xFF for value in values)
-        table += [int.from_bytes(data[start : start + 4], "little", signed=True) for start in (0, 4, 8, 12)]
+    pairs = (values[byte >> 4] & 0xFFFF | (values[byte & 15] & 0xFFFF) << 16 for byte in range(256))
+    table = [pair - (pair >> 31 << 32) for pair in pairs]
     return table + [0x1010 + 0x2222 * block if USE_ASM else block for block in range(4)]
 
 
-# Eight weights of a register: the low three bits of each index choose in both halves of the table, four indices at a
-# time, high and low bytes apart; the fourth bit chooses the half. Inputs come twice, once for each int16.
-_NF4_LOOKUP = tl.constexpr("""{
-.reg .b32 s0, s1, m0, k0, k1, a, b, h0, h1, l0, l1;
-and.b32 s0, $4, 0x77777777;
-shl.b32 m0, $4, 4;
-shr.u32 s1, s0, 16;
-prmt.b32 k0, $4, m0, 0x9D8C;
-prmt.b32 k1, $4, m0, 0xBFAE;
-prmt.b32 a, $5, $7, s0;
-prmt.b32 b, $9, $11, s0;
-lop3.b32 h0, k0, b, a, 0xCA;
-prmt.b32 a, $13, $15, s0;
-prmt.b32 b, $17, $19, s0;
-lop3.b32 l0, k0, b, a, 0xCA;
-prmt.b32 a, $5, $7, s1;
-prmt.b32 b, $9, $11, s1;
-lop3.b32 h1, k1, b, a, 0xCA;
-prmt.b32 a, $13, $15, s1;
-prmt.b32 b, $17, $19, s1;
-lop3.b32 l1, k1, b, a, 0xCA;
-prmt.b32 $0, l0, h0, 0x7351;
-prmt.b32 $1, l0, h0, 0x6240;
-prmt.b32 $2, l1, h1, 0x7351;
-prmt.b32 $3, l1, h1, 0x6240;
-}""")
-_NF4_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r" + ",r" * 16)
+def _fill_table_asm(num_threads: int) -> str:
+    """Copies of the table in shared memory. Eight threads write the same entries, 16 bytes of each; loads go first."""
+    num_entries = 8 * 256 // num_threads
+    quads = range(num_entries // 4)
+    registers = [f"v{index}" for index in range(num_entries)]
+    loads = [f"ld.global.nc.v4.b32 {{{', '.join(registers[4 * q : 4 * q + 4])}}}, [from + {16 * q}];" for q in quads]
+    stores = [f"st.shared.v4.b32 [at + {128 * i}], {{{v}, {v}, {v}, {v}}};" for i, v in enumerate(registers)]
+    return "\n".join((
+        ".shared .align 128 .b8 nf4_pairs[32768];",
+        "{",
+        f".reg .b32 group, at, {', '.join(registers)};",
+        ".reg .b64 from;",
+        "mov.u32 at, %tid.x;",
+        "shr.u32 group, at, 3;",
+        f"mad.wide.u32 from, group, {4 * num_entries}, $1;",
+        *loads,
+        "and.b32 at, at, 7;",
+        "shl.b32 at, at, 4;",
+        f"mad.lo.u32 at, group, {128 * num_entries}, at;",
+        "mov.u32 group, nf4_pairs;",
+        "add.u32 at, at, group;",
+        *stores,
+        "mov.u32 $0, 0;",
+        "}",
+    ))  # fmt: skip
+
+
+# The table lies in shared memory 32 times, entry by entry, so that each lane of a warp reads a bank of its own. The
+# array is declared by the block of assembly that fills it and known to those after it.
+_FILL_BY_64 = tl.constexpr(_fill_table_asm(64))
+_FILL_BY_128 = tl.constexpr(_fill_table_asm(128))
+_FILL_BY_256 = tl.constexpr(_fill_table_asm(256))
 
 
 @triton.jit
-def _widen_nf4(packed, table, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Two neighbouring int16 hold weights 0 to 7 of a row; to 16 bit, without their scale: 0 and 2, 1 and 3, 4 and 6, 5
-    and 7. Each result pair lies where the two int16 lie: neighbours share a register in every layout that loads of 32
-    bits or more and the operands of `tl.dot` have.
+def _fill_table(values, THREADS: tl.constexpr):
+    """Copy the table into shared memory."""
+    tl.static_assert(THREADS == 64 or THREADS == 128 or THREADS == 256)
+    asm: tl.constexpr = _FILL_BY_64 if THREADS == 64 else (_FILL_BY_128 if THREADS == 128 else _FILL_BY_256)
+    at = values + tl.arange(0, THREADS) // THREADS
+    tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+def _nf4_lookup_asm(multiply: str) -> str:
+    """Eight weights of a register: each byte is an index of the table, each entry the values of two neighbours, which
+    `multiply` puts the block's scale to. Inputs come twice, once for each int16.
+    """
+    shifts = ("shl.b32 i0, $4, 7;", "shr.u32 i1, $4, 1;", "shr.u32 i2, $4, 9;", "shr.u32 i3, $4, 17;")
+    return "\n".join((
+        "{",
+        ".reg .b32 lane, table, scale, zero, i0, i1, i2, i3;",
+        "mov.u32 lane, %laneid;",
+        "shl.b32 lane, lane, 2;",
+        "mov.u32 table, nf4_pairs;",
+        "mov.u32 zero, 0x80008000;",
+        "prmt.b32 scale, $5, $7, $9;",
+        *shifts,
+        *(f"lop3.b32 i{i}, i{i}, 0x7F80, lane, 0xEA;" for i in range(4)),
+        *(f"add.u32 i{i}, i{i}, table;" for i in range(4)),
+        *(f"ld.shared.b32 i{i}, [i{i}];" for i in range(4)),
+        *(multiply.format(f"${i}, i{i}, scale") for i in range(4)),
+        "}",
+    ))  # fmt: skip
+
+
+_NF4_TO_FP16 = tl.constexpr(_nf4_lookup_asm("mul.rn.f16x2 {};"))
+_NF4_TO_BF16 = tl.constexpr(_nf4_lookup_asm("fma.rn.bf16x2 {}, zero;"))  # a product needs Hopper
+_NF4_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 7)
+
+
+@triton.jit
+def _widen_nf4(packed, scales, more_scales, block, table, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Two neighbouring int16 hold weights 0 to 7 of a row; to 16 bit: 0 and 1, 2 and 3, 4 and 5, 6 and 7. Each result
+    pair lies where the two int16 lie: neighbours share a register in every layout that loads of 32 bits or more and the
+    operands of `tl.dot` have.
+
+    Of up to four 16-bit scales in two int32 theirs is that of `block`, a number from the end of `nf4_table`. Triton 3.6
+    moves the layout change ahead of the unpacking, where it is free, only if all operands come from loads.
     """
     if not ASM:
-        first, second = tl.split(tl.reshape(packed, [packed.shape[0], packed.shape[1] // 2, 2]))
         SHAPE: tl.constexpr = packed.shape
+        chosen = tl.where(block < 2, scales, more_scales) >> (block % 2 * 16)
+        factor = chosen.to(tl.int16).to(DTYPE, bitcast=True)
+        first, second = tl.split(tl.reshape(packed, [SHAPE[0], SHAPE[1] // 2, 2]))
         return (
-            tl.reshape(tl.join(_nf4_value(first, table, 4), _nf4_value(first, table, 12)), SHAPE).to(DTYPE),
-            tl.reshape(tl.join(_nf4_value(first, table, 0), _nf4_value(first, table, 8)), SHAPE).to(DTYPE),
-            tl.reshape(tl.join(_nf4_value(second, table, 4), _nf4_value(second, table, 12)), SHAPE).to(DTYPE),
-            tl.reshape(tl.join(_nf4_value(second, table, 0), _nf4_value(second, table, 8)), SHAPE).to(DTYPE),
+            _nf4_pair(first, table, 0, SHAPE).to(DTYPE, bitcast=True) * factor,
+            _nf4_pair(first, table, 8, SHAPE).to(DTYPE, bitcast=True) * factor,
+            _nf4_pair(second, table, 0, SHAPE).to(DTYPE, bitcast=True) * factor,
+            _nf4_pair(second, table, 8, SHAPE).to(DTYPE, bitcast=True) * factor,
         )
     elif DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _NF4_LOOKUP, _NF4_CONSTRAINTS, [packed, t0, t1, t2, t3, t4, t5, t6, t7],
+            _NF4_TO_FP16, _NF4_CONSTRAINTS, [packed, scales, more_scales, block],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _NF4_LOOKUP, _NF4_CONSTRAINTS, [packed, t0, t1, t2, t3, t4, t5, t6, t7],
+            _NF4_TO_BF16, _NF4_CONSTRAINTS, [packed, scales, more_scales, block],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
 
 
 @triton.jit
-def _scale_of_block(scales, more_scales, block, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Of up to four 16-bit scales in two int32 that of `block`, a number from the end of `nf4_table`.
-
-    Triton 3.6 moves the layout change ahead of the unpacking, where it is free, only if all operands come from loads.
-    """
-    if ASM:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $3, $5;"
-        constraints: tl.constexpr = "=r,r,r,r,r,r,r"
-        if DTYPE == tl.float16:
-            return tl.inline_asm_elementwise(
-                asm, constraints, [scales, more_scales, block], dtype=tl.float16, is_pure=True, pack=2
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                asm, constraints, [scales, more_scales, block], dtype=tl.bfloat16, is_pure=True, pack=2
-            )
-    else:
-        chosen = tl.where(block < 2, scales, more_scales) >> (block % 2 * 16)
-        return chosen.to(tl.int16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _nf4_value(packed, table, shift: tl.constexpr):
-    """What the interpreter does instead of the lookup: the 16-bit patterns come from the table's bytes."""
-    index = (packed.to(tl.int32) >> shift) & 15
-    high = (tl.load(table + index // 4) >> (index % 4 * 8)) & 255
-    low = (tl.load(table + 4 + index // 4) >> (index % 4 * 8)) & 255
-    return (high * 256 + low).to(tl.int16).to(tl.float16, bitcast=True)
+def _nf4_pair(packed, table, shift: tl.constexpr, SHAPE: tl.constexpr):
+    """What the interpreter does instead of the lookup: int16 patterns of a byte's two weights, as neighbours."""
+    pair = tl.load(table + ((packed.to(tl.int32) >> shift) & 255))
+    return tl.reshape(tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)), SHAPE)
 
 
 @triton.jit
@@ -300,7 +321,7 @@ def _prefetch(pointers, num_bytes):
 
 @triton.jit
 def _add_product(
-    accumulator, x, w, scale, cols, rows, k_start, num_rows, values, table, block_of_word,
+    accumulator, x, w, scale, cols, rows, k_start, num_rows, values, block_of_word,
     N: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     KIND: tl.constexpr, EVEN_N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +329,6 @@ def _add_product(
     DTYPE: tl.constexpr = x.dtype.element_ty
     is_row = rows[None, :] < num_rows
     if KIND == KIND_NF4:
-        t0, t1, t2, t3, t4, t5, t6, t7 = table
         word = k_start // 4 + tl.arange(0, BK // 4)
         w_at = w + cols[:, None] * KB + word[None, :]
         PAIRS: tl.constexpr = BK // (2 * _BLOCK)
@@ -319,7 +339,6 @@ def _add_product(
         else:
             scales = tl.load(scale_at, mask=cols < N, other=0)
             more_scales = tl.load(scale_at + (PAIRS - 1) * N, mask=cols < N, other=0)
-        factor = _scale_of_block(scales[:, None], more_scales[:, None], block_of_word, DTYPE, ASM)
         if EVEN_N:
             packed = tl.load(w_at)
         else:
@@ -329,11 +348,11 @@ def _add_product(
         x1 = tl.load(x_at + K // 4, mask=is_row, other=0.0)
         x2 = tl.load(x_at + K // 2, mask=is_row, other=0.0)
         x3 = tl.load(x_at + K // 4 * 3, mask=is_row, other=0.0)
-        w0, w1, w2, w3 = _widen_nf4(packed, values, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, ASM)
-        accumulator = tl.dot(w0 * factor, x0, accumulator)
-        accumulator = tl.dot(w1 * factor, x1, accumulator)
-        accumulator = tl.dot(w2 * factor, x2, accumulator)
-        return tl.dot(w3 * factor, x3, accumulator)
+        w0, w1, w2, w3 = _widen_nf4(packed, scales[:, None], more_scales[:, None], block_of_word, values, DTYPE, ASM)
+        accumulator = tl.dot(w0, x0, accumulator)
+        accumulator = tl.dot(w1, x1, accumulator)
+        accumulator = tl.dot(w2, x2, accumulator)
+        return tl.dot(w3, x3, accumulator)
     elif KIND == KIND_INT8:
         word = k_start // 4 + tl.arange(0, BK // 4)
         w_at = w + cols[:, None] * KB + word[None, :]
@@ -397,7 +416,7 @@ def linear_kernel(
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     KIND: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LORA_PARTS: tl.constexpr,
     LORA_SPLITS: tl.constexpr, LORA_END_0: tl.constexpr, LORA_END_1: tl.constexpr, ORDER: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One linear layer for up to BM rows.
 
@@ -427,23 +446,18 @@ def linear_kernel(
     if PDL and prefetch_bytes > 0:
         at = w + tl.minimum(outputs, N - 1) * KB + split * (num_inputs // (K // KB))
         _prefetch(at, tl.zeros([BN], tl.int32) + prefetch_bytes)
-    table = (0, 0, 0, 0, 0, 0, 0, 0)
     block_of_word = 0
     if KIND == KIND_NF4:
-        # one copy a row, so that the compiler keeps the table in registers of each thread instead of shared ones
-        at = values + (outputs // N)[:, None]
-        table = (
-            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
-            tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
-        )  # fmt: skip
-        block_of_word = tl.load(values + 8 + tl.arange(0, BK // 4) // (_BLOCK // 4))[None, :]
+        if ASM:
+            _fill_table(values, THREADS)
+        block_of_word = tl.load(values + 256 + tl.arange(0, BK // 4) // (_BLOCK // 4))[None, :]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     accumulator = tl.zeros([BN, BM], dtype=tl.float32)
     for k in tl.range(0, num_inputs, BK, num_stages=STAGES):
         accumulator = _add_product(
-            accumulator, x, w, scale, outputs, rows, first + k, num_rows, values, table, block_of_word,
+            accumulator, x, w, scale, outputs, rows, first + k, num_rows, values, block_of_word,
             N, K, KB, BN, BK, BM, KIND, EVEN_N, ASM,
         )  # fmt: skip
     accumulator = _finished(

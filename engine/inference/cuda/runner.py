@@ -25,14 +25,17 @@ from torch import nn
 
 from engine.errors import AdapterError
 from engine.inference.cuda import kernels as triton_kernels
+from engine.inference.cuda.driver import allow_shared_memory, whole_segments
 from engine.inference.cuda.paged_kv import SCRATCH_PAGE, PagedKV, PagePool
-from engine.inference.cuda.tuning import Kind, Tiles, TuningFile, candidate_tiles, default_tiles
-from engine.inference.cuda.weights import INT8, NF4, PLAIN, FusedLinear, LoraWeights, base_of, fuse, kind_of
+from engine.inference.cuda.tuning import MOST_SPLITS, Kind, Tiles, TuningFile, candidate_tiles, default_tiles
+from engine.inference.cuda.weights import INT8, NF4, PLAIN, Arena, FusedLinear, LoraWeights, base_of, fuse, kind_of
 
 if TYPE_CHECKING:
     from engine.inference.loading import LoadedModel
 
 kernels: Any = triton_kernels  # a kernel is launched as `kernel[grid](...)`, which its type does not know
+
+_Launch = tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -111,11 +114,15 @@ class CudaRunner:
         layers = list(model.model.layers)
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
         with torch.inference_mode(False), torch.no_grad():
-            self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)
             self._layers: list[_Layer] = []
-            for layer, kv in zip(layers, self._kv, strict=True):
-                self._layers.append(_read_layer(layer, kv))
-                torch.cuda.empty_cache()  # what the layer's own tensors held, in holes too small for the next
+            with whole_segments():
+                for layer in layers:
+                    torch.cuda.empty_cache()  # what the layer before has left
+                    self._layers.append(_read_layer(layer, self._dtype))
+                torch.cuda.empty_cache()
+                self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)  # last: it fits into no hole
+            for layer, kv in zip(self._layers, self._kv, strict=True):
+                layer.kv = kv
             self._cos, self._sin = _rotary_table(model, num_pages * page_tokens, self.device)
         page_bytes = self._kv[:, :, 0].numel() * self._kv.element_size()
         self._pool = PagePool(num_pages, page_tokens, page_bytes, self._copy_page)
@@ -149,22 +156,19 @@ class CudaRunner:
         self._sums = new(rows * self._num_heads * self._max_segments * 2, dtype=fp32)
         self._logits = new(rows, self.vocab_size, dtype=fp32)
         self._sums_of = {  # splits of a layer's output
-            "qkv": new(4 * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
-            "o": new(4 * rows * self._hidden_size, dtype=fp32),
-            "down": new(4 * rows * self._hidden_size, dtype=fp32),
+            "qkv": new(MOST_SPLITS * rows * self._layers[0].qkv.num_outputs, dtype=fp32),
+            "o": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
+            "down": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
         }
         self._values = torch.tensor(kernels.NF4_VALUES, dtype=fp32, device=self.device)
         patterns = self._values.to(self._dtype).view(torch.int16).tolist()
         self._table = torch.tensor(kernels.nf4_table(patterns), dtype=torch.int32, device=self.device)
-        widest = max(
-            linear.num_outputs * linear.num_inputs // (2 if linear.name == "gate_up" else 1)
-            for linear in self._layers[0].linears
-        )
         needs_scratch = any(linear.kind != PLAIN for layer in self._layers for linear in layer.linears)
+        num_widened = self._inner_size * self._hidden_size // 2 if needs_scratch else 0
         num_parts = rows * self._num_heads * self._max_segments * self._head_dim
-        shared = new(max(num_parts * 4, widest * 2 if needs_scratch else 0), dtype=torch.uint8)
+        shared = new(max(num_parts * 4, num_widened * 2), dtype=torch.uint8)
         self._parts = shared[: num_parts * 4].view(fp32)  # narrow steps
-        self._scratch = shared[: widest * 2 if needs_scratch else 0].view(self._dtype)  # wide steps
+        self._scratch = shared[: num_widened * 2].view(self._dtype)  # wide steps
         torch.cuda.empty_cache()
 
     # --- what it can run ---------------------------------------------------------------------------------------------
@@ -368,14 +372,13 @@ class CudaRunner:
         tiles = self._tiles_of(linear, block_rows)
         if lora is not None:
             self._lora_a(linear, x, lora, width)
-        grid, arguments, options = self._launch(linear, x, out, width, tiles, lora, order)
-        kernels.linear_kernel[grid](*arguments, **options)
+        _start(self._launch(linear, x, out, width, tiles, lora, order))
         return tiles.splits
 
     def _launch(
         self, linear: FusedLinear, x: torch.Tensor, out: torch.Tensor, width: int, tiles: Tiles,
         lora: _Lora | None = None, order: int = PLAIN,
-    ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    ) -> _Launch:  # fmt: skip
         """Grid, arguments and options of the kernel for one layer."""
         silu = linear.name == "gate_up"
         ends = [sum(linear.sizes[: index + 1]) for index in range(len(linear.sizes))]
@@ -387,11 +390,11 @@ class CudaRunner:
             lora.b if lora is not None else x, self._table, out, width, tiles.prefetch,
         )  # fmt: skip
         options = dict(
-            N=linear.num_outputs, K=linear.num_inputs, BN=tiles.cols, BK=tiles.inputs, BM=max(16, width),
+            N=linear.num_outputs, K=linear.num_inputs, BN=tiles.cols, BK=tiles.inputs, BM=_tile_rows(linear, width),
             KIND=linear.kind, SILU=silu, HAS_BIAS=linear.bias is not None,
             RANK=self._lora_rank if lora is not None else 0, LORA_PARTS=len(linear.sizes),
             LORA_SPLITS=_lora_splits(linear), LORA_END_0=ends[0], LORA_END_1=ends[min(1, len(ends) - 1)],
-            ORDER=order, STAGES=tiles.num_stages,
+            ORDER=order, STAGES=tiles.num_stages, THREADS=32 * tiles.num_warps,
             PDL=self._can_pdl, ASM=kernels.USE_ASM,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=self._can_pdl,
         )  # fmt: skip
@@ -403,8 +406,7 @@ class CudaRunner:
         block = next(size for size in (128, 64, 32) if linear.num_inputs % (size * _lora_splits(linear)) == 0)
         tiles = Tiles(cols=16, inputs=block, splits=_lora_splits(linear), num_warps=2)
         factor = FusedLinear("lora", PLAIN, weight, None, None, None, None, (len(weight),), linear.num_inputs)
-        grid, arguments, options = self._launch(factor, x, self._lora_t, width, tiles)
-        kernels.linear_kernel[grid](*arguments, **options)
+        _start(self._launch(factor, x, self._lora_t, width, tiles))
 
     def _rope(
         self, layer: _Layer, qkv: torch.Tensor, splits: int, q: torch.Tensor, positions: torch.Tensor,
@@ -539,8 +541,8 @@ class CudaRunner:
         launches = [self._launch(linear, x, out, rows, tiles) for linear in linears]
 
         def run() -> None:
-            for grid, arguments, options in launches:
-                kernels.linear_kernel[grid](*arguments, **options)
+            for launch in launches:
+                _start(launch)
 
         return self._replayed(run) / len(linears)
 
@@ -723,8 +725,17 @@ class CudaRunner:
 
     def _multiply(self, linear: FusedLinear, x: torch.Tensor, lora: _Lora | None) -> torch.Tensor:
         """`[num_rows, num_outputs]`, 16 bit."""
-        weight = self._widened(linear, 0, linear.num_outputs)
-        y = x @ weight.T if linear.bias is None else torch.addmm(linear.bias, x, weight.T)
+        y = torch.empty((len(x), linear.num_outputs), dtype=x.dtype, device=x.device)
+        num_cols = linear.num_outputs
+        if linear.kind != PLAIN:
+            num_cols = min(num_cols, self._scratch.numel() // linear.num_inputs)
+        for first in range(0, linear.num_outputs, num_cols):
+            last = min(first + num_cols, linear.num_outputs)
+            weight, out = self._widened(linear, first, last), y[:, first:last]
+            if linear.bias is None:
+                torch.mm(x, weight.T, out=out)
+            else:
+                torch.addmm(linear.bias[first:last], x, weight.T, out=out)
         if lora is not None:
             start = 0
             for part, size in enumerate(linear.sizes):
@@ -831,13 +842,15 @@ def _groups(layer: nn.Module) -> Iterator[list[nn.Module]]:
         yield [layer.get_submodule(name) for name in names]
 
 
-def _read_layer(layer: Any, kv: torch.Tensor) -> _Layer:
-    names = ("qkv", "o", "gate_up", "down")
-    qkv, o, gate_up, down = (fuse(name, modules, kv.dtype) for name, modules in zip(names, _groups(layer), strict=True))
+def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
+    names, groups = ("qkv", "o", "gate_up", "down"), list(_groups(layer))
+    arena = Arena([module for group in groups for module in group])
+    qkv, o, gate_up, down = (fuse(name, modules, dtype, arena) for name, modules in zip(names, groups, strict=True))
     norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
     input_norm, post_norm = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
-    return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, kv)
+    no_kv = torch.empty(0, dtype=dtype)  # the pool is made when all layers have been read
+    return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, no_kv)
 
 
 def _rotary_table(model: Any, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -861,6 +874,18 @@ def _fill_lora(linear: FusedLinear, lora: _Lora, pairs: Sequence[Any], rank: int
     if lora.a_in_order is not lora.a:
         places = kernels.places_of(linear.kind, linear.num_inputs)
         lora.a_in_order[:, torch.tensor(places, device=lora.a.device)] = lora.a
+
+
+def _tile_rows(linear: FusedLinear, width: int) -> int:
+    """Rows that a program computes. The tensor cores' instruction takes 8; a row's bits are the same in one or two."""
+    return 8 if linear.kind == NF4 and width <= 8 else max(16, width)
+
+
+def _start(launch: _Launch) -> None:
+    grid, arguments, options = launch
+    if options["KIND"] == NF4 and options["ASM"]:
+        allow_shared_memory(kernels.linear_kernel.warmup(*arguments, grid=grid, **options))
+    kernels.linear_kernel[grid](*arguments, **options)
 
 
 def _lora_splits(linear: FusedLinear) -> int:

@@ -14,10 +14,16 @@ from typing import Literal
 
 Kind = Literal["plain", "int8", "nf4"]
 
-_VERSION = 2
+_VERSION = 3
 _MOST_INPUTS: dict[Kind, int] = {"plain": 128, "int8": 256, "nf4": 256}
-_MOST_SPLITS = 4  # more are a little faster by themselves, and cost the kernel that adds them more
+MOST_SPLITS = 6
+_SPLITS = (1, 2, 4)  # more are a little faster by themselves, and cost the kernel that adds them more
+_NF4_SPLITS = (1, 2, 3, 4, 6)  # three of its programs share a multiprocessor, if there are so many
 _SHARED_BYTES = 99_000  # of two programs on one multiprocessor of Hopper, or one of Ada
+_TABLE_BYTES = 33_000  # of which NF4's programs have a copy each, for lookups
+# Two warps keep Triton from Hopper's wgmma, which waits for each product where weights come from a lookup, and whose
+# bits are not those of the instruction that tiles of 8 rows take.
+_WARPS: dict[Kind, tuple[int, ...]] = {"plain": (4, 8), "int8": (4, 8), "nf4": (2,)}
 _BITS: dict[Kind, int] = {"plain": 16, "int8": 8, "nf4": 4}
 
 
@@ -59,20 +65,16 @@ def default_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: b
         (cols, inputs, num_stages)
         for cols, inputs, num_stages in itertools.product((64, 32), (256, 128, 64, 32, 16), (4, 3))
         if inputs in _input_blocks(num_inputs, kind)
+        and not (kind == "nf4" and inputs == 256 and num_stages == 4)  # three programs are better than deeper ones
         and inputs <= _MOST_INPUTS[kind]
         and _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows) <= _SHARED_BYTES
     ]
     cols, inputs, num_stages = fitting[0] if fitting else (32, _input_blocks(num_inputs, kind)[-1], 2)
-    splits = 1
-    while (
-        can_split
-        and num_outputs // cols * splits < 150
-        and splits < _MOST_SPLITS
-        and num_inputs % (inputs * splits * 2) == 0
-    ):
-        splits *= 2
+    choices, enough = (_NF4_SPLITS, 300) if kind == "nf4" and block_rows == 16 else (_SPLITS, 150)
+    possible = [splits for splits in choices if splits == 1 or (can_split and num_inputs % (inputs * splits) == 0)]
+    splits = next((splits for splits in possible if num_outputs // cols * splits >= enough), possible[-1])
     prefetch = _prefetch_bytes(num_inputs // splits, kind, 256)
-    return Tiles(cols, inputs, splits, num_stages=num_stages, prefetch=prefetch)
+    return Tiles(cols, inputs, splits, num_warps=_WARPS[kind][0], num_stages=num_stages, prefetch=prefetch)
 
 
 def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split: bool, block_rows: int) -> list[Tiles]:
@@ -90,7 +92,7 @@ def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split:
     """
     found: list[Tiles] = []
     for cols, inputs, num_stages, num_warps, splits, prefetch in itertools.product(
-        (32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8), (1, 2, _MOST_SPLITS), (0, 256)
+        (32, 64, 128), (64, 128, 256), (3, 4, 6), _WARPS[kind], _NF4_SPLITS if kind == "nf4" else _SPLITS, (0, 256)
     ):
         num_programs = -(-num_outputs // cols) * splits
         num_bytes = _shared_bytes(cols, inputs, num_stages, kind, block_rows=block_rows)
@@ -99,13 +101,10 @@ def candidate_tiles(num_outputs: int, num_inputs: int, *, kind: Kind, can_split:
             or num_inputs % (inputs * splits) != 0
             or (splits > 1 and (not can_split or num_programs > 600))
             or not (
-                num_programs >= 100
-                or splits == _MOST_SPLITS
-                or not can_split
-                or num_inputs % (inputs * splits * 2) != 0
+                num_programs >= 100 or splits >= _SPLITS[-1] or not can_split or num_inputs % (inputs * splits * 2) != 0
             )
             or not 20_000 <= num_bytes <= 200_000
-            or (num_warps == 8) != (cols == 128)
+            or (kind != "nf4" and (num_warps == 8) != (cols == 128))
             or prefetch > num_inputs // splits * _BITS[kind] // 8
         ):
             continue
@@ -119,7 +118,8 @@ def _input_blocks(num_inputs: int, kind: Kind) -> list[int]:
 
 
 def _shared_bytes(cols: int, inputs: int, num_stages: int, kind: Kind, *, block_rows: int) -> int:
-    return num_stages * (cols * inputs * _BITS[kind] // 8 + block_rows * inputs * 2)
+    stage = cols * inputs * _BITS[kind] // 8 + block_rows * inputs * 2
+    return (num_stages - 1) * stage + _TABLE_BYTES if kind == "nf4" else num_stages * stage
 
 
 def _prefetch_bytes(num_inputs: int, kind: Kind, most: int) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PLAIN, INT8, NF4 = (kind.value for kind in (kernels.KIND_16BIT, kernels.KIND_INT8, kernels.KIND_NF4))
 _DTYPES = (torch.float16, torch.bfloat16)
+_ALIGNMENT = 256
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -95,13 +96,39 @@ def kind_of(module: nn.Module) -> int | None:
     return PLAIN if type(module) is nn.Linear and weight.dtype in _DTYPES else None
 
 
-def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype) -> FusedLinear:
+class Arena:
+    """One stretch of memory for all linear layers of a decoder layer.
+
+    Moved there together, what they leave is one stretch too, in which the next layer's weights find room; moved one by
+    one, they leave holes in which nothing fits.
+
+    Args:
+        modules: The layers whose weights it has room for.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        weights = [_weight_of(base_of(module)) for module in modules]
+        num_bytes = sum(-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT for weight in weights)
+        self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=weights[0].device)
+        self._used = 0
+
+    def joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Copies of some tensors, behind one another along their first dimension."""
+        start, size = self._used, sum(tensor.nbytes for tensor in tensors)
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+        out = self._memory[start : start + size].view(tensors[0].dtype).view(shape)
+        return torch.cat(list(tensors), out=out)
+
+
+def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype, arena: Arena | None = None) -> FusedLinear:
     """Put layers of the same input behind one another; their parameters become views of the result.
 
     Args:
         name: What it is tuned as.
         modules: Layers of one kind and one input length.
         dtype: Of activations.
+        arena: Where their weights go; without it a single layer's stay where they are.
 
     Returns:
         The fused layer.
@@ -112,9 +139,10 @@ def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype) -> FusedLi
     sizes = tuple(int(layer.out_features) for layer in layers)  # pyright: ignore[reportArgumentType]
     num_inputs = int(layers[0].in_features)  # pyright: ignore[reportArgumentType]
     weights, scales = zip(*(_parts(layer, kind) for layer in layers), strict=True)
-    weight, scale = _joined(weights), None if scales[0] is None else _joined(scales)
+    weight = _joined(weights) if arena is None else arena.joined(weights)
+    scale = None if scales[0] is None else _joined(scales)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    if len(layers) > 1:
+    if len(layers) > 1 or arena is not None:
         for layer, start, size in zip(layers, starts, sizes, strict=True):
             _point(layer, kind, weight[start : start + size], None if scale is None else scale[start : start + size])
     biases = [getattr(layer, "bias", None) for layer in layers]
@@ -140,6 +168,10 @@ def _int8_state(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values and scales, which bitsandbytes keeps at the weight until the first forward pass."""
     values = next(one for one in (layer.state.CB, layer.weight.CB, layer.weight.data) if one is not None)
     return values, layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+
+
+def _weight_of(layer: Any) -> torch.Tensor:
+    return _int8_state(layer)[0] if kind_of(layer) == INT8 else layer.weight.data
 
 
 def _parts(layer: Any, kind: int) -> tuple[torch.Tensor, torch.Tensor | None]:
