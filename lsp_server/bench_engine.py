@@ -263,6 +263,7 @@ def measure(
     Returns:
         The figures by backend.
     """
+    config = replace(config, serve_while_compiling=False)
     found: dict[str, Figures] = {}
     copy_gb_per_s = copy_rate(loaded.device)
     if "planpatch" in backends:

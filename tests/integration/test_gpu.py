@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.errors import ModelError
-from engine.inference.engine import InProcessEngine
+from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import choose_device, choose_quantization, load_model
 from engine.inference.protocol import (
     Completion,
@@ -47,7 +47,8 @@ class Model:
 
     def __init__(self, folder: Path, quantization: str) -> None:
         self.loaded = load_model("model", "digest", folder, device="cuda", quantization=quantization)
-        self.engine = InProcessEngine("model", folder, lambda: self.loaded)
+        config = EngineConfig(serve_while_compiling=False)
+        self.engine = InProcessEngine("model", folder, lambda: self.loaded, config=config)
         self.engine.wait_until_ready()
 
     def prompt(self, text: str = QUESTION) -> tuple[int, ...]:
@@ -148,7 +149,7 @@ def test_full_size(
     torch.cuda.reset_peak_memory_stats()
     started_at = time.monotonic()
     load = partial(load_model, "8b", "", folder, device="cuda", quantization=quantization)
-    with InProcessEngine("8b", folder, load) as engine:
+    with InProcessEngine("8b", folder, load, config=EngineConfig(serve_while_compiling=False)) as engine:
         engine.wait_until_ready()
         load_s = time.monotonic() - started_at
         prompt = tuple(engine.tokenizer.encode("def add(a, b):\n    return a + b\n" * 100))[:900]

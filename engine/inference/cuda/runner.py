@@ -111,7 +111,11 @@ class CudaRunner:
         self._inner_size = int(config.intermediate_size)
         self._eps = float(config.rms_norm_eps)
         facts = torch.cuda.get_device_properties(loaded.device)
-        self._device_name, self._can_pdl, self._num_programs = facts.name, facts.major >= 9, 2 * facts.multi_processor_count
+        self._device_name, self._can_pdl, self._num_programs = (
+            facts.name,
+            facts.major >= 9,
+            2 * facts.multi_processor_count,
+        )
         self._tuning = TuningFile(tuning_path)
         self._dtype = model.get_input_embeddings().weight.dtype
         self._embeddings = model.get_input_embeddings().weight.data
