@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -371,6 +371,8 @@ class InProcessEngine:
                         self._switch_runner()
                     elif sequences := self._schedule():
                         self._step(sequences)
+                    else:
+                        self._use_idle_moment()
         except PlanPatchError as error:
             self._fail(error)
         except Exception as fault:
@@ -468,8 +470,21 @@ class InProcessEngine:
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False when the engine closes."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing or bool(self._sequences) or self._is_faster_ready())
+            self._changed.wait_for(
+                lambda: self._is_closing or self._sequences or self._is_faster_ready() or self._has_idle_work()
+            )
             return not self._is_closing
+
+    def _has_idle_work(self) -> bool:
+        """It waits for the switch of runners, which moves the weights."""
+        return self._loaded is not None and self._loaded.when_idle is not None and self._faster is None
+
+    def _use_idle_moment(self) -> None:
+        assert self._loaded is not None and self._loaded.when_idle is not None
+        message = next(self._loaded.when_idle, None)
+        if message is None:
+            self._loaded.when_idle = None
+        self._say(message or "")
 
     def _schedule(self) -> list[_Sequence]:
         """What to advance next: one sequence, or several that decode together.
@@ -826,7 +841,9 @@ class InProcessEngine:
             if self._failure is None:
                 self._status = replace(self._status, state="closed")
             self._changed.notify_all()
-        self._loaded = None
+        self._loaded, loaded = None, self._loaded
+        if loaded is not None and isinstance(loaded.when_idle, Generator):
+            loaded.when_idle.close()
         if self._faster is not None:
             self._faster.close()
         for sequence in left:

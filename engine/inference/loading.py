@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from engine.errors import ModelError
 from engine.inference.mending import mending_hint
+from engine.inference.quantized import QuantizedFiles
 from engine.inference.tokenizer import HFChatTokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+log = logging.getLogger("planpatch.engine")
 
 Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 
@@ -46,6 +49,7 @@ class LoadedModel:
         quantization: How the weights are held.
         context_length: Most tokens of prompt and output together.
         vocab_size: Length of a row of logits.
+        when_idle: Work for moments when nobody waits for the model, in small pieces; says what it does.
     """
 
     name: str
@@ -57,6 +61,7 @@ class LoadedModel:
     quantization: Quantization
     context_length: int
     vocab_size: int
+    when_idle: Iterator[str] | None = None
 
 
 def context_length_of(folder: Path) -> int:
@@ -165,7 +170,14 @@ def choose_quantization(wanted: str, device: str) -> Quantization:
 
 
 def load_model(
-    name: str, digest: str, folder: Path, *, device: str = "auto", quantization: str = "auto", dtype: str = "auto"
+    name: str,
+    digest: str,
+    folder: Path,
+    *,
+    device: str = "auto",
+    quantization: str = "auto",
+    dtype: str = "auto",
+    quantized: Path | None = None,
 ) -> LoadedModel:
     """Read a model folder onto a device.
 
@@ -176,6 +188,8 @@ def load_model(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization: `auto`, `int8`, `nf4`, `bf16`, `fp16` or `fp32`.
         dtype: Of weights that are not quantized and of activations: `auto`, `bfloat16`, `float16` or `float32`.
+        quantized: Folder for weights as bitsandbytes quantized them: read from there, or written when the engine has
+            nothing to do; None for neither.
 
     Returns:
         The model, in eval mode.
@@ -191,7 +205,7 @@ def load_model(
 
     try:
         with _quiet_transformers():
-            model = _read_weights(folder, device, chosen, dtype)
+            model, when_idle = _read_model(folder, digest, device, chosen, dtype, quantized)
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise ModelError(
             f"{name} does not fit into the memory of {device} as {chosen}",
@@ -215,6 +229,7 @@ def load_model(
         quantization=chosen,
         context_length=context_length_of(folder),
         vocab_size=int(head.weight.shape[0]),
+        when_idle=when_idle,
     )
 
 
@@ -230,12 +245,39 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     return cast("nn.Linear", head)
 
 
-def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
+def _read_model(
+    folder: Path, digest: str, device: str, quantization: Quantization, dtype: str, quantized: Path | None
+) -> tuple[PreTrainedModel, Iterator[str] | None]:
+    """Quantized weights that were kept, if they are there; else the folder's own, and what keeps them."""
+    plain = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype = dtype if dtype != "auto" else plain.get(quantization, "float16")
+    if quantized is None or not digest or quantization not in ("int8", "nf4"):
+        return _read_weights(folder, device, quantization, dtype), None
+    kept = QuantizedFiles(quantized, digest, quantization, dtype)
+    if kept.are_there():
+        try:
+            return _read_weights(kept.folder, device, None, dtype), None
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as fault:
+            if isinstance(fault, _out_of_memory()):
+                raise
+            log.warning("the weights kept in %s cannot be read, and are made again: %s", kept.folder, _reason(fault))
+            kept.remove()
+    model = _read_weights(folder, device, quantization, dtype)
+    return model, kept.saving(model)
+
+
+def _out_of_memory() -> type[Exception]:
+    import torch
+
+    return torch.OutOfMemoryError
+
+
+def _read_weights(folder: Path, device: str, quantization: Quantization | None, dtype: str) -> PreTrainedModel:
+    """With a quantization of None the folder's own, if it has one."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    weights_dtype = getattr(torch, dtype) if dtype != "auto" else plain.get(quantization, torch.float16)
+    weights_dtype = getattr(torch, dtype)
     arguments: dict[str, Any] = {"dtype": weights_dtype, "use_safetensors": True, "local_files_only": True}
     if quantization == "int8":
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

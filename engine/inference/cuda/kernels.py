@@ -7,8 +7,8 @@ tile, order of sums and instructions are the same, so a row's result does not de
 
 Splits of a sum (over a layer's inputs, over a context) are written apart and added by the next kernel in a fixed order.
 No atomics. Arguments that differ from step to step or from start to start are not specialized, so that which kernels a
-model needs follows from its shapes alone (`precompile.py`). Kernels with `PDL` start while the one before still runs (CUDA's programmatic dependent launch), ask the L2
-cache for their first weights, and then wait for their inputs.
+model needs follows from its shapes alone (`precompile.py`). Kernels with `PDL` start while the one before still runs
+(CUDA's programmatic dependent launch), ask the L2 cache for their first weights, and then wait for their inputs.
 
 Not covered: head sizes that are no power of two, sliding windows, gradients.
 """
