@@ -8,7 +8,6 @@ weights; when it has made both, N more starts find them, and their files in the 
 Not measured: looking for the model and its digests, which a start through `planpatch` adds, and reading from the disk.
 """
 
-
 from __future__ import annotations
 
 import argparse

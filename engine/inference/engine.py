@@ -490,9 +490,11 @@ class InProcessEngine:
         """What to advance next: one sequence, or several that decode together.
 
         A cancelled sequence goes first, then the highest priority; within it prefill goes before decode, so that
-        sequences meet in one batch.
+        sequences meet in one batch. Empty when nobody waits for the model.
         """
         with self._changed:
+            if not self._sequences:
+                return []
             waiting = sorted(self._sequences.values(), key=lambda sequence: sequence.rank)
             cancelled = next((sequence for sequence in waiting if sequence.is_cancelled), None)
             if cancelled is not None:

@@ -257,9 +257,9 @@ def _read_model(
     if kept.are_there():
         try:
             return _read_weights(kept.folder, device, None, dtype), None
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as fault:
-            if isinstance(fault, _out_of_memory()):
-                raise
+        except (MemoryError, _out_of_memory()):
+            raise
+        except Exception as fault:  # safetensors, transformers and bitsandbytes fail in any way
             log.warning("the weights kept in %s cannot be read, and are made again: %s", kept.folder, _reason(fault))
             kept.remove()
     model = _read_weights(folder, device, quantization, dtype)

@@ -72,7 +72,7 @@ class QuantizedFiles:
         try:
             facts = json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))
             return facts.pop("bytes") == (self.folder / WEIGHTS).stat().st_size and facts == self._facts
-        except (OSError, ValueError, LookupError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
     def remove(self) -> None:
@@ -176,4 +176,4 @@ def _pieces(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
     for _, tensor in tensors:
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(data), _PIECE_BYTES):
-            yield memoryview(data[start : start + _PIECE_BYTES].cpu().numpy())
+            yield memoryview(data[start : start + _PIECE_BYTES].cpu().numpy().data)

@@ -112,7 +112,7 @@ said = {}
 with InProcessEngine("small", loaded.folder, lambda: loaded, config=config) as engine:
     engine.wait_until_ready(100)
     said["first"] = [engine._runner.name, engine.status().message]
-    stream = engine.stream(engine.submit(GenerationRequest(prompt, SamplingParams(6000, speculation=False))))
+    stream = engine.stream(engine.submit(GenerationRequest(prompt, SamplingParams(3000, speculation=False))))
     tokens = 0
     for event in stream:
         tokens += len(getattr(event, "token_ids", ())) if type(event).__name__ == "Token" else 0
