@@ -5,6 +5,7 @@
 FOLDER is a model folder with 16-bit safetensors; --make writes one there first, of Qwen3-8B's shapes with random
 weights (16 GB) and the tokenizer of TOKENIZER_FOLDER. The first start finds neither compiled kernels nor quantized
 weights; when it has made both, N more starts find them, and their files in the page cache. The last line is JSON.
+Packages that PlanPatch does not install and transformers imports where it finds them (scikit-learn) are hidden from it.
 Not measured: looking for the model and its digests, which a start through `planpatch` adds, and reading from the disk.
 """
 
@@ -53,6 +54,7 @@ def start(folder: Path, quantization: str, quantized: Path, *, wait: bool) -> di
 
     from engine.inference.loading import load_model, set_runtime_defaults
 
+    sys.modules["sklearn"] = None  # type: ignore[assignment]
     set_runtime_defaults()
     import torch
 
@@ -63,6 +65,10 @@ def start(folder: Path, quantization: str, quantized: Path, *, wait: bool) -> di
     mark("engine imported")
     parts: dict[str, float] = {}
     compiled = _watch_parts(parts)
+    mark("fast path imported")
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    mark("transformers imported")
 
     def load() -> Any:
         loaded = load_model("8b", "digest" * 8, folder, device="cuda", quantization=quantization, quantized=quantized)
@@ -71,6 +77,7 @@ def start(folder: Path, quantization: str, quantized: Path, *, wait: bool) -> di
         return loaded
 
     with InProcessEngine("8b", folder, load, config=EngineConfig()) as engine:
+        mark("tokenizer read")
         prompt = tuple(1000 + 7 * index % 9000 for index in range(_NUM_PROMPT_TOKENS))
         request = GenerationRequest(prompt, SamplingParams(16, repetition_penalty=1.10))
         stream = engine.stream(engine.submit(request))
@@ -99,6 +106,7 @@ def _watch_parts(parts: dict[str, float]) -> list[str]:
     """Time what the fast path's start consists of; returns a list that fills with kernels compiled in this process."""
     import triton
 
+    from engine.inference import loading
     from engine.inference.cuda import precompile, rows
     from engine.inference.cuda.runner import CudaRunner
 
@@ -116,6 +124,9 @@ def _watch_parts(parts: dict[str, float]) -> list[str]:
             compiled.append(facts["src"].name)
 
     compiled: list[str] = []
+    loading._import_bitsandbytes = timed("import bitsandbytes", loading._import_bitsandbytes)
+    loading._read_weights = timed("read and quantize", loading._read_weights)
+    loading._read_kept = timed("read kept", loading._read_kept)
     CudaRunner.__init__ = timed("fuse", CudaRunner.__init__)
     CudaRunner.warm_up = timed("graphs", CudaRunner.warm_up)
     rows.kernels_of = timed("list kernels", rows.kernels_of)

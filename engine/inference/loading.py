@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from engine.errors import ModelError
 from engine.inference.mending import mending_hint
-from engine.inference.quantized import QuantizedFiles
+from engine.inference.quantized import WEIGHTS, QuantizedFiles
 from engine.inference.tokenizer import HFChatTokenizer
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class LoadedModel:
         digest: sha256 that names the weights.
         folder: Where it was read from.
         model: The module, in eval mode on `device`.
-        tokenizer: Its tokenizer.
         device: Where it is.
         quantization: How the weights are held.
         context_length: Most tokens of prompt and output together.
@@ -56,12 +55,16 @@ class LoadedModel:
     digest: str
     folder: Path
     model: PreTrainedModel
-    tokenizer: HFChatTokenizer
     device: torch.device
     quantization: Quantization
     context_length: int
     vocab_size: int
     when_idle: Iterator[str] | None = None
+
+    @property
+    def tokenizer(self) -> HFChatTokenizer:
+        """Its tokenizer, read anew."""
+        return HFChatTokenizer(self.folder)
 
 
 def context_length_of(folder: Path) -> int:
@@ -224,7 +227,6 @@ def load_model(
         digest=digest,
         folder=folder,
         model=model.eval(),
-        tokenizer=HFChatTokenizer(folder),
         device=torch.device(device),
         quantization=chosen,
         context_length=context_length_of(folder),
@@ -253,10 +255,11 @@ def _read_model(
     dtype = dtype if dtype != "auto" else plain.get(quantization, "float16")
     if quantized is None or not digest or quantization not in ("int8", "nf4"):
         return _read_weights(folder, device, quantization, dtype), None
+    _import_bitsandbytes()
     kept = QuantizedFiles(quantized, digest, quantization, dtype)
     if kept.are_there():
         try:
-            return _read_weights(kept.folder, device, None, dtype), None
+            return _read_kept(kept.folder, device, dtype), None
         except (MemoryError, _out_of_memory()):
             raise
         except Exception as fault:  # safetensors, transformers and bitsandbytes fail in any way
@@ -272,8 +275,37 @@ def _out_of_memory() -> type[Exception]:
     return torch.OutOfMemoryError
 
 
-def _read_weights(folder: Path, device: str, quantization: Quantization | None, dtype: str) -> PreTrainedModel:
-    """With a quantization of None the folder's own, if it has one."""
+def _import_bitsandbytes() -> None:
+    """Without what torch.compile imports for functions of bitsandbytes that only a CPU runs: 1 to 2 seconds."""
+    import torch
+
+    compile, torch.compile = torch.compile, lambda model=None, **_: model if model is not None else (lambda it: it)
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
+    finally:
+        torch.compile = compile
+
+
+def _read_kept(folder: Path, device: str, dtype: str) -> PreTrainedModel:
+    """Weights that are quantized already, with one file and no names but the model's own."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    from engine.inference.fast_read import FastReader
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    reader = FastReader(folder / WEIGHTS, torch.device(device))
+    arguments: dict[str, Any] = {"config": config, "state_dict": reader.tensors, "dtype": getattr(torch, dtype)}
+    if device != "cpu":
+        arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, read = architecture.from_pretrained(None, output_loading_info=True, **arguments)
+    _check_complete(read["missing_keys"], read["mismatched_keys"], ())
+    model.requires_grad_(False)
+    return model
+
+
+def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

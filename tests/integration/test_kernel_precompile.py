@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
 COMMON = """
-import collections, json, logging, sys, threading, time
+import collections, gc, json, logging, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 import torch, triton
@@ -73,7 +73,7 @@ torch.cuda.get_device_capability = lambda d=None: (9, 0)
 triton.runtime.driver.set_active(_NoDriver(GPUTarget("cuda", 90, 32)))
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], dtype=torch.float16)
-loaded = LoadedModel("x", "", Path(), model.eval(), None, torch.device("cuda", 0), "fp16", 8192, 151936)
+loaded = LoadedModel("x", "", Path(), model.eval(), torch.device("cuda", 0), "fp16", 8192, 151936)
 wanted = kernels_of(loaded, num_kv_tokens=4096, tuning_path=None)
 was_there = wanted.is_compiled()
 compiled(wanted)
@@ -106,6 +106,11 @@ name, quantization, folder = sys.argv[1:]
 loaded = replace(random_model(CONFIGS[name], quantization, torch.float16), folder=Path(folder), name="small")
 logging.basicConfig(level=logging.INFO)
 config = EngineConfig(kv_cache_tokens=4096)
+def memory():
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+at_first = memory()
 prompt = tuple(1000 + 7 * index % 5000 for index in range(901))
 grammar = Grammar("json_schema", '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}')
 said = {}
@@ -122,6 +127,8 @@ with InProcessEngine("small", loaded.folder, lambda: loaded, config=config) as e
     said["then"] = [engine._runner.name, engine.status().message]
     said["tokens"] = tokens
     triton.knobs.compilation.listener = listen
+del engine, stream, event
+said["memory"] = memory() / at_first
 with InProcessEngine("small", loaded.folder, lambda: loaded, config=config) as engine:
     engine.wait_until_ready(100)
     said["again"] = [engine._runner.name, engine.status().message]
@@ -155,3 +162,4 @@ def test_the_engine_serves_at_once_goes_over_and_compiles_nothing_itself(
     assert said["then"] == ["fused CUDA kernels", ""] and said["tokens"] > 50
     assert said["again"] == ["fused CUDA kernels", ""], "with kernels in the cache it begins on the fast path"
     assert said["missed"] == []
+    assert said["memory"] < 1.1, "there is one copy of the weights after the switch, too"

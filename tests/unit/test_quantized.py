@@ -162,7 +162,14 @@ def as_if_quantized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         folders.append(folder)
         return read(folder, device, "fp16", dtype)
 
+    def read_kept(folder: Path, device: str, dtype: str) -> Any:
+        folders.append(folder)
+        return kept(folder, device, dtype)
+
+    kept = loading._read_kept
     monkeypatch.setattr(loading, "_read_weights", read_plain)
+    monkeypatch.setattr(loading, "_read_kept", read_kept)
+    monkeypatch.setattr(loading, "_import_bitsandbytes", lambda: None)
     monkeypatch.setattr(loading, "choose_quantization", lambda wanted, device: wanted)
     return folders
 

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def can_describe() -> bool:
 
 
 def kernels_of(loaded: LoadedModel, *, num_kv_tokens: int, tuning_path: Path | None, lora_rank: int = 0) -> KernelList:
-    """Every kernel that a `FusedRunner` of a model launches and this process has not loaded; compiles none.
+    """Every kernel that a `FusedRunner` of a model launches; compiles none.
 
     Args:
         loaded: The model; it stays as it is.
@@ -126,10 +127,19 @@ def _described() -> Iterator[dict[str, None]]:
 
     runtime = triton.knobs.runtime
     before, runtime.jit_cache_hook = runtime.jit_cache_hook, put_down
+    known = {kernel: kernel.device_caches for kernel in _jit_functions()}
     try:
+        for kernel in known:  # what this process has compiled or loaded is described too
+            kernel.device_caches = defaultdict(kernel.create_binder)
         yield found
     finally:
         runtime.jit_cache_hook = before
+        for kernel, caches in known.items():
+            kernel.device_caches = caches
+
+
+def _jit_functions() -> list[Any]:
+    return [value for value in vars(triton_kernels).values() if isinstance(value, triton.JITFunction)]
 
 
 class KernelBuild:
