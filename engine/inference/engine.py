@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -189,6 +190,7 @@ class InProcessEngine:
         self._is_closing = False
         self._heap = HeapTrimmer()
         self._loaded: LoadedModel | None = None
+        self._idle_work: deque[Iterator[str]] = deque()
         self._thread = threading.Thread(target=self._run, name="planpatch-engine", daemon=True)
         self._thread.start()
 
@@ -381,9 +383,9 @@ class InProcessEngine:
             self._stop()
 
     def _start(self) -> None:
+        loaded = self._load()  # it reads weights while it imports transformers, which runners import too
         from engine.inference.runner import ReferenceRunner, make_faster_runner, make_runner
 
-        loaded = self._load()
         rank = self._adapter.rank if self._adapter else 0
         self._faster = make_faster_runner(loaded, self._config, self._wake, rank)
         if self._faster is None:
@@ -394,6 +396,9 @@ class InProcessEngine:
         self._runner.activate(self._adapter)
         self._grammar_compiler: GrammarCompiler | None = None
         self._weights_bytes = int(loaded.model.get_memory_footprint())
+        if loaded.when_idle is not None:
+            self._idle_work.append(loaded.when_idle)
+            loaded.when_idle = None
         with self._changed:
             self._loaded = loaded
             self._status = replace(
@@ -412,6 +417,8 @@ class InProcessEngine:
         from engine.inference.kv_cache import PrefixCache
 
         self._runner = runner
+        if runner.when_idle is not None:
+            self._idle_work.appendleft(runner.when_idle)
         self._max_rows, self._chunk_tokens = runner.max_rows, runner.chunk_tokens
         num_kv_tokens = runner.num_kv_tokens  # a cache of fixed size drops prefixes when it needs the room
         prefix_bytes = self._config.prefix_cache_bytes if num_kv_tokens is None else sys.maxsize
@@ -477,13 +484,12 @@ class InProcessEngine:
 
     def _has_idle_work(self) -> bool:
         """It waits for the switch of runners, which moves the weights."""
-        return self._loaded is not None and self._loaded.when_idle is not None and self._faster is None
+        return bool(self._idle_work) and self._faster is None
 
     def _use_idle_moment(self) -> None:
-        assert self._loaded is not None and self._loaded.when_idle is not None
-        message = next(self._loaded.when_idle, None)
+        message = next(self._idle_work[0], None)
         if message is None:
-            self._loaded.when_idle = None
+            self._idle_work.popleft()
         self._say(message or "")
 
     def _schedule(self) -> list[_Sequence]:
@@ -843,9 +849,10 @@ class InProcessEngine:
             if self._failure is None:
                 self._status = replace(self._status, state="closed")
             self._changed.notify_all()
-        self._loaded, loaded = None, self._loaded
-        if loaded is not None and isinstance(loaded.when_idle, Generator):
-            loaded.when_idle.close()
+        self._loaded = None
+        for work in self._idle_work:
+            if isinstance(work, Generator):
+                work.close()
         if self._faster is not None:
             self._faster.close()
         for sequence in left:

@@ -207,8 +207,7 @@ def load_model(
     from engine.inference.head import make_leading_logits_exact
 
     try:
-        with _quiet_transformers():
-            model, when_idle = _read_model(folder, digest, device, chosen, dtype, quantized)
+        model, when_idle = _read_model(folder, digest, device, chosen, dtype, quantized)
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise ModelError(
             f"{name} does not fit into the memory of {device} as {chosen}",
@@ -255,7 +254,6 @@ def _read_model(
     dtype = dtype if dtype != "auto" else plain.get(quantization, "float16")
     if quantized is None or not digest or quantization not in ("int8", "nf4"):
         return _read_weights(folder, device, quantization, dtype), None
-    _import_bitsandbytes()
     kept = QuantizedFiles(quantized, digest, quantization, dtype)
     if kept.are_there():
         try:
@@ -265,6 +263,7 @@ def _read_model(
         except Exception as fault:  # safetensors, transformers and bitsandbytes fail in any way
             log.warning("the weights kept in %s cannot be read, and are made again: %s", kept.folder, _reason(fault))
             kept.remove()
+    _import_bitsandbytes()
     model = _read_weights(folder, device, quantization, dtype)
     return model, kept.saving(model)
 
@@ -287,22 +286,41 @@ def _import_bitsandbytes() -> None:
 
 
 def _read_kept(folder: Path, device: str, dtype: str) -> PreTrainedModel:
-    """Weights that are quantized already, with one file and no names but the model's own."""
+    """Weights that are quantized already: one file, read while transformers is imported, which takes longer."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from engine.inference.fast_read import FastReader
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     reader = FastReader(folder / WEIGHTS, torch.device(device))
-    arguments: dict[str, Any] = {"config": config, "state_dict": reader.tensors, "dtype": getattr(torch, dtype)}
-    if device != "cpu":
-        arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, read = architecture.from_pretrained(None, output_loading_info=True, **arguments)
+    try:
+        _import_bitsandbytes()
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        arguments: dict[str, Any] = {"config": config, "state_dict": reader.tensors, "dtype": getattr(torch, dtype)}
+        if device != "cpu":
+            arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with _quiet_transformers(), _nothing_allocated_ahead():
+            model, read = architecture.from_pretrained(None, output_loading_info=True, **arguments)
+    finally:
+        reader.close()
     _check_complete(read["missing_keys"], read["mismatched_keys"], ())
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _nothing_allocated_ahead() -> Iterator[None]:
+    """Transformers allocates all memory of a model at first, beside the tensors that are on the device already."""
+    from transformers import modeling_utils
+
+    before = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = before
 
 
 def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
@@ -320,7 +338,8 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
     arguments["ignore_mismatched_sizes"] = True  # so that they are told below, by name
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    with _quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     model, read = loaded
     num_layers = model.config.get_text_config().num_hidden_layers
     further = [

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import PlanPatchError, WriteError
-from engine.inference.store_files import delete_folder, disk_free_bytes, gigabytes, rename, sync_file, writing
+from engine.inference.store_files import (
+    delete_folder,
+    disk_free_bytes,
+    gigabytes,
+    nearest_existing,
+    rename,
+    sync_file,
+    writing,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +102,7 @@ class QuantizedFiles:
             self._delete_old()
             tensors = _tensors_of(model)
             total = sum(tensor.nbytes for _, tensor in tensors)
-            if (free := disk_free_bytes(self._root.parent)) < total + _SPARE_BYTES:
+            if (free := disk_free_bytes(nearest_existing(self._root))) < total + _SPARE_BYTES:
                 log.warning(
                     "%s are not kept for faster starts: they take %s, and %s are free (keep_quantized=false ends this)",
                     self._what, gigabytes(total), gigabytes(free),

@@ -7,7 +7,7 @@ until one joins or leaves, so their KV caches are up to date only after `settle`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,6 +74,11 @@ class Runner(Protocol):
         """So many draft tokens cost next to nothing, however seldom they are right."""
         ...
 
+    @property
+    def when_idle(self) -> Iterator[str] | None:
+        """Preparations for moments when nobody waits, in small pieces; says what it does."""
+        ...
+
     def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
         """Whether caches can gain so many tokens each."""
         ...
@@ -129,6 +134,7 @@ class ReferenceRunner:
     name = "transformers"
     num_kv_tokens = None
     greedy = None
+    when_idle = None
     least_drafts = 1
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:

@@ -108,6 +108,7 @@ logging.basicConfig(level=logging.INFO)
 config = EngineConfig(kv_cache_tokens=4096)
 def memory():
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
 at_first = memory()
@@ -162,4 +163,4 @@ def test_the_engine_serves_at_once_goes_over_and_compiles_nothing_itself(
     assert said["then"] == ["fused CUDA kernels", ""] and said["tokens"] > 50
     assert said["again"] == ["fused CUDA kernels", ""], "with kernels in the cache it begins on the fast path"
     assert said["missed"] == []
-    assert said["memory"] < 1.1, "there is one copy of the weights after the switch, too"
+    assert said["memory"] < 1.02, "there is one copy of the weights after the switch, too"

@@ -214,7 +214,7 @@ def test_kept_weights_that_cannot_be_read_are_made_again(
     save(files, load(folder, None).model)
     weights = files.folder / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
-    loaded = load(folder, root)
+    loaded = load(folder, root)  # from the source
     assert loaded.when_idle is not None and "cannot be read, and are made again" in caplog.text
     assert not files.folder.exists()
 

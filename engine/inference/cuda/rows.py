@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,9 @@ LEAST_KV_TOKENS = 4096
 _MOST_KV_TOKENS = 65_536
 _FEWEST_KV_TOKENS = 1024  # a smaller cache would hold no prompt
 _SHARE_OF_FREE_MEMORY = 0.8
+_FIRST_WIDTHS = (
+    8,
+)  # that the first steps of a PLAN have; the others are captured when first used, or before, when idle
 _MAX_ADAPTERS = 2  # kept on the CPU, so that an A/B run reads no files
 
 
@@ -50,7 +53,12 @@ class FusedRunner:
         self._max_draft_tokens = config.max_draft_tokens
         self.num_kv_tokens = _num_kv_tokens(loaded, config)
         self._cuda = CudaRunner(loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=config.tuning_path)
-        self._cuda.warm_up(say)
+        self.when_idle: Iterator[str] | None = None
+        if config.serve_while_compiling:
+            self._cuda.warm_up(say, widths=_FIRST_WIDTHS)
+            self.when_idle = self._cuda.capturing()
+        else:
+            self._cuda.warm_up(say)
         self.greedy = GreedyKernel(loaded.vocab_size, loaded.device)
         self._adapters: OrderedDict[str, LoraWeights] = OrderedDict()
         self._active = BASE

@@ -469,25 +469,43 @@ class CudaRunner:
         shape = f"{linear.num_outputs}x{linear.num_inputs} {_KIND_NAMES[linear.kind]}{silu}"
         return f"{self._device_name}, {shape}, {self._dtype}, {block_rows} rows"
 
-    def warm_up(self, progress: Callable[[str], None] = lambda message: None, *, tune: bool = False) -> None:
+    def warm_up(
+        self, progress: Callable[[str], None] = lambda message: None, *, tune: bool = False,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:  # fmt: skip
         """Compile the kernels and capture a graph for each width. Compiled kernels stay in Triton's cache on disk.
 
         Args:
             progress: Called with what is being done, in words.
             tune: Measure tile sizes that the tuning file lacks; takes about a minute a model on a large machine.
+            widths: Of steps that are prepared now; others are when they are first used.
         """
         with torch.inference_mode():
             if tune:
                 self.tune(progress)
-            for width in WIDTHS:
+            for width in widths:
                 progress(f"preparing steps of {width} tokens")
                 self._graph(width, with_head=True)
-            self._graph(kernels.MAX_ROWS, with_head=False)
+            if kernels.MAX_ROWS in widths:
+                self._graph(kernels.MAX_ROWS, with_head=False)
             progress("preparing prompts")
             kv = self.new_kv()
             self.prefill(kv, [0] * min(self.chunk_tokens, self.free_tokens), want_logits=True)
             kv.release()
             torch.cuda.synchronize(self.device)
+
+    def capturing(self) -> Iterator[str]:
+        """Capture a graph for each width that has none yet.
+
+        Yields:
+            Nothing to be told, after each.
+        """
+        for width in WIDTHS:
+            with torch.inference_mode():
+                self._graph(width, with_head=True)
+            yield ""
+        with torch.inference_mode():
+            self._graph(kernels.MAX_ROWS, with_head=False)
 
     @torch.inference_mode()
     def dry_run(self, lora_rank: int = 0) -> None:
