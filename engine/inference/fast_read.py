@@ -40,7 +40,7 @@ class FastReader:
         self._path = path
         self._device = device
         self._own = threading.local()
-        self._read: dict[int, Future[torch.Tensor]] = {}
+        self._read: dict[str, Future[torch.Tensor]] = {}
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
@@ -88,7 +88,7 @@ class FastReader:
                 _fill(file, memoryview(buffer[: len(part)].numpy().data))
                 part.copy_(buffer[: len(part)], non_blocking=True)
                 if event is not None:
-                    event.record()
+                    event.record(torch.cuda.current_stream(self._device))
         for _, event in buffers:
             if event is not None:
                 event.synchronize()

@@ -64,13 +64,13 @@ WITHOUT_GPU = """
 import types
 from torch import nn
 from transformers import AutoModelForCausalLM
-from engine.inference.cuda.precompile_worker import _NoDriver
+from engine.inference.cuda.precompile_worker import NoDriver
 from engine.inference.loading import LoadedModel
 from triton.backends.compiler import GPUTarget
 
 torch.cuda.get_device_properties = lambda d: types.SimpleNamespace(name="GPU", major=9, multi_processor_count=132)
 torch.cuda.get_device_capability = lambda d=None: (9, 0)
-triton.runtime.driver.set_active(_NoDriver(GPUTarget("cuda", 90, 32)))
+triton.runtime.driver.set_active(NoDriver(GPUTarget("cuda", 90, 32)))
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], dtype=torch.float16)
 loaded = LoadedModel("x", "", Path(), model.eval(), torch.device("cuda", 0), "fp16", 8192, 151936)
@@ -79,7 +79,7 @@ was_there = wanted.is_compiled()
 compiled(wanted)
 more = kernels_of(loaded, num_kv_tokens=60000, tuning_path=None)
 triton.knobs.compilation.listener = listen
-precompile._described = lambda: __import__("contextlib").nullcontext({})  # compile as a launch would
+precompile._described = lambda target: __import__("contextlib").nullcontext({})  # compile as a launch would
 kernels_of(loaded, num_kv_tokens=9000, tuning_path=None)
 broken = replace(wanted, descriptions=(wanted.descriptions[0].replace("norm_kernel", "no_kernel"),))
 done = threading.Event()

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
+from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 
 from engine.inference.cuda import kernels as triton_kernels
+from engine.inference.cuda.precompile_worker import NoDriver
 from engine.inference.cuda.runner import CudaRunner
 from engine.inference.cuda.verify import GreedyKernel
 
@@ -68,7 +70,7 @@ class KernelList:
 
 def can_describe() -> bool:
     """Whether this Triton describes kernels without compiling them (3.4 and later)."""
-    return hasattr(triton, "knobs") and hasattr(triton.JITFunction, "preload")
+    return hasattr(triton, "knobs") and hasattr(triton.JITFunction, "preload") and torch.version.hip is None
 
 
 def kernels_of(loaded: LoadedModel, *, num_kv_tokens: int, tuning_path: Path | None, lora_rank: int = 0) -> KernelList:
@@ -83,12 +85,13 @@ def kernels_of(loaded: LoadedModel, *, num_kv_tokens: int, tuning_path: Path | N
     Returns:
         The list.
     """
-    with _described() as found:
+    major, minor = torch.cuda.get_device_capability(loaded.device)
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    with _described(target) as found:
         dry = _DryKernels()
         runner = CudaRunner(loaded, num_kv_tokens=num_kv_tokens, tuning_path=tuning_path, dry=dry)
         runner.dry_run(lora_rank)
         _choose_dry(GreedyKernel(loaded.vocab_size, torch.device("meta"), kernels=dry), loaded.vocab_size)
-    target = triton.runtime.driver.active.get_current_target()
     return KernelList(tuple(found), (target.backend, target.arch, target.warp_size))
 
 
@@ -117,22 +120,25 @@ class _DryKernel:
 
 
 @contextmanager
-def _described() -> Iterator[dict[str, None]]:
-    """What Triton is about to compile is put down instead."""
+def _described(target: GPUTarget) -> Iterator[dict[str, None]]:
+    """What Triton is about to compile is put down instead; its driver, which it builds at first use, is not asked."""
     found: dict[str, None] = {}
 
     def put_down(**facts: Any) -> bool:
         found[facts["compile"]["specialization_data"]] = None
         return True
 
-    runtime = triton.knobs.runtime
+    runtime, driver = triton.knobs.runtime, triton.runtime.driver
+    active = getattr(driver, "_active", None)  # None: Triton finds its own when it needs one
     before, runtime.jit_cache_hook = runtime.jit_cache_hook, put_down
     known = {kernel: kernel.device_caches for kernel in _jit_functions()}
     try:
+        driver.set_active(NoDriver(target))
         for kernel in known:  # what this process has compiled or loaded is described too
             kernel.device_caches = defaultdict(kernel.create_binder)
         yield found
     finally:
+        driver.set_active(active)
         runtime.jit_cache_hook = before
         for kernel, caches in known.items():
             kernel.device_caches = caches

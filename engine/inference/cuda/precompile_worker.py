@@ -15,19 +15,26 @@ from pathlib import Path
 from typing import Any
 
 
-class _NoDriver:
-    """What Triton asks a driver while it compiles."""
+class NoDriver:
+    """What Triton asks a driver while it compiles.
+
+    Args:
+        target: A `GPUTarget`.
+    """
 
     def __init__(self, target: Any) -> None:
         self._target = target
 
     def get_current_device(self) -> int:
+        """The only one."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
+        """The only one."""
         return 0
 
     def get_current_target(self) -> Any:
+        """What is compiled for."""
         return self._target
 
 
@@ -45,7 +52,7 @@ def compile_kernels(descriptions: list[str], target: tuple[str, Any, int]) -> li
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 
-    triton.runtime.driver.set_active(_NoDriver(GPUTarget(*target)))
+    triton.runtime.driver.set_active(NoDriver(GPUTarget(*target)))
     from engine.inference.cuda import kernels
 
     by_name = {f"{value.fn.__module__}.{value.fn.__qualname__}": value for value in _jit_functions(triton, kernels)}
