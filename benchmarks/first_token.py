@@ -102,37 +102,41 @@ def start(folder: Path, quantization: str, quantized: Path, *, wait: bool) -> di
     return {**marks, "parts": {name: round(seconds, 2) for name, seconds in parts.items()}, "compiled": compiled}
 
 
-def _watch_parts(parts: dict[str, float]) -> list[str]:
-    """Time what the fast path's start consists of; returns a list that fills with kernels compiled in this process."""
+def _watch_loading(parts: dict[str, float]) -> None:
+    """Time what loading consists of."""
+    from engine.inference import loading
+
+    loading._import_bitsandbytes = _timed(parts, "import bitsandbytes", loading._import_bitsandbytes)
+    loading._read_weights = _timed(parts, "read and quantize", loading._read_weights)
+    loading._read_kept = _timed(parts, "read kept, and imports", loading._read_kept)
+
+
+def _watch_start(parts: dict[str, float], compiled: list[str]) -> None:
+    """Time what the fast path's start consists of; `compiled` fills with kernels compiled in this process."""
     import triton
 
-    from engine.inference import loading
     from engine.inference.cuda import precompile, rows
     from engine.inference.cuda.runner import CudaRunner
-
-    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **named: Any) -> Any:
-            started_at = time.perf_counter()
-            result = work(*arguments, **named)
-            parts[name] = parts.get(name, 0) + time.perf_counter() - started_at
-            return result
-
-        return run
 
     def told(**facts: Any) -> None:
         if not facts["cache_hit"]:
             compiled.append(facts["src"].name)
 
-    compiled: list[str] = []
-    loading._import_bitsandbytes = timed("import bitsandbytes", loading._import_bitsandbytes)
-    loading._read_weights = timed("read and quantize", loading._read_weights)
-    loading._read_kept = timed("read kept", loading._read_kept)
-    CudaRunner.__init__ = timed("fuse", CudaRunner.__init__)
-    CudaRunner.warm_up = timed("graphs", CudaRunner.warm_up)
-    rows.kernels_of = timed("list kernels", rows.kernels_of)
-    precompile.KernelList.is_compiled = timed("look into the cache", precompile.KernelList.is_compiled)
+    CudaRunner.__init__ = _timed(parts, "fuse", CudaRunner.__init__)
+    CudaRunner.warm_up = _timed(parts, "graphs", CudaRunner.warm_up)
+    rows.kernels_of = _timed(parts, "list kernels", rows.kernels_of)
+    precompile.KernelList.is_compiled = _timed(parts, "look into the cache", precompile.KernelList.is_compiled)
     triton.knobs.compilation.listener = told
-    return compiled
+
+
+def _timed(parts: dict[str, float], name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
+        started_at = time.perf_counter()
+        result = work(*arguments, **named)
+        parts[name] = parts.get(name, 0) + time.perf_counter() - started_at
+        return result
+
+    return run
 
 
 def _wait(is_done: Callable[[], bool]) -> None:
