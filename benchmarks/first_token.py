@@ -64,16 +64,14 @@ def start(folder: Path, quantization: str, quantized: Path, *, wait: bool) -> di
 
     mark("engine imported")
     parts: dict[str, float] = {}
-    compiled = _watch_parts(parts)
-    mark("fast path imported")
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-
-    mark("transformers imported")
+    compiled: list[str] = []
+    _watch_loading(parts)
 
     def load() -> Any:
         loaded = load_model("8b", "digest" * 8, folder, device="cuda", quantization=quantization, quantized=quantized)
         torch.cuda.synchronize()
         mark("loaded")
+        _watch_start(parts, compiled)  # not before: it imports what is imported while weights are read
         return loaded
 
     with InProcessEngine("8b", folder, load, config=EngineConfig()) as engine:
