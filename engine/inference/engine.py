@@ -448,7 +448,8 @@ class InProcessEngine:
         self._runner.activate(None)
         self._runner.abandon()
         self._prefix_cache.clear()
-        running = [sequence for sequence in self._sequences.values() if sequence.kv_cache is not None]
+        with self._changed:
+            running = [sequence for sequence in self._sequences.values() if sequence.kv_cache is not None]
         for sequence in running:
             self._give_up_cache(sequence)
         torch.cuda.empty_cache()
@@ -487,7 +488,13 @@ class InProcessEngine:
         return bool(self._idle_work) and self._faster is None
 
     def _use_idle_moment(self) -> None:
-        message = next(self._idle_work[0], None)
+        import torch
+
+        try:
+            message = next(self._idle_work[0], None)
+        except torch.OutOfMemoryError as fault:  # it can wait for a need
+            log.warning("something for idle moments is left out: %s", fault)
+            message = None
         if message is None:
             self._idle_work.popleft()
         self._say(message or "")
