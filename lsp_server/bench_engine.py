@@ -274,6 +274,7 @@ def measure(
     Returns:
         The figures by backend.
     """
+    config = replace(config, serve_while_compiling=False)
     found: dict[str, Figures] = {name: Figures() for name in ("planpatch", *_GENERATE) if name in backends}
     copy_gb_per_s = copy_rate(loaded.device)
 

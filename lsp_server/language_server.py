@@ -51,7 +51,7 @@ COMMANDS = (
     *("planpatch.redo", "planpatch.cancel", "planpatch.status", "planpatch.feedback", "planpatch.model"),
     *("planpatch.adapter", "planpatch.pull", "planpatch.ledger"),
 )
-MODEL_SETTINGS = ("model", "device", "quantization", "dtype", "cuda_kernels", "kv_cache_tokens")
+MODEL_SETTINGS = ("model", "device", "quantization", "dtype", "keep_quantized", "cuda_kernels", "kv_cache_tokens")
 
 _TICK_S = 5.0
 _FATAL_EXIT_CODE = 3

@@ -198,7 +198,13 @@ class Session:
             device=device,
             quantization=quantization,
             dtype=self.settings.dtype,
+            quantized=self._quantized_folder(local),
         )
+
+    def _quantized_folder(self, local: LocalModel) -> Path | None:
+        """Beside the model in the store; nothing is written into a folder of the user."""
+        is_ours = local.folder.parent == self.store.root
+        return local.folder / "quantized" if is_ours and self.settings.keep_quantized else None
 
     def local_model(self, ref: ModelRef, progress: ProgressCallback | None = None, *, pull: bool = False) -> LocalModel:
         """The model's files.

@@ -66,6 +66,7 @@ class Settings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization: `auto` is int8 on a GPU and bf16 on CPU.
         dtype: Of weights that are not quantized and of activations.
+        keep_quantized: Whether weights quantized for a GPU are kept on disk beside the model, for faster starts.
         cuda_kernels: Whether our own kernels run the model on a GPU, where they can; else transformers does.
         kv_cache_tokens: Tokens of all prompts and answers that they hold at once; 0 for what memory has room for.
         format: What the model writes; `auto` chooses by the function's length.
@@ -110,6 +111,7 @@ class Settings:
     device: str = _setting("auto", values.device)
     quantization: str = _setting("auto", values.choice("auto", "int8", "nf4", "bf16", "fp32"))
     dtype: str = _setting("auto", values.dtype, variable="TORCH_DTYPE")
+    keep_quantized: bool = _setting(True, values.boolean)
     cuda_kernels: bool = _setting(True, values.boolean)
     kv_cache_tokens: int = _setting(0, values.integer(0, 10_000_000))
     format: str = _setting("auto", values.choice("auto", "rewrite", "json_edits"))

@@ -580,6 +580,7 @@ class Workbench:
         if engine is not None:
             now = engine.status()
             facts |= {
+                "message": host.message or now.message,
                 "device": now.device,
                 "quantization": now.quantization,
                 "adapter": now.adapter,

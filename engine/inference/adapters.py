@@ -42,6 +42,11 @@ class AdapterFiles:
     base_model: str
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max((shape[0] for name, shape in self.shapes.items() if ".lora_A" in name and shape), default=0)
+
 
 def read_adapter(folder: Path) -> AdapterFiles:
     """Read an adapter folder's configuration and tensor shapes.

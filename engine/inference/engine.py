@@ -8,11 +8,13 @@ next step, and a cancelled one stops there.
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
 
     from engine.inference.grammar import GrammarCompiler, GrammarMatcher
     from engine.inference.kv_cache import PrefixCache, SequenceCache
-    from engine.inference.runner import Runner
+    from engine.inference.runner import FasterRunner, Runner
     from engine.inference.sampling import Choice, Sampler
 
+
+log = logging.getLogger("planpatch.engine")
 
 _SLACK_TOKENS = 128  # of a sequence in the KV cache: drafts, and pages that are not full
 
@@ -64,6 +68,7 @@ class EngineConfig:
         max_draft_tokens: Most tokens drafted for one step of a request; 0 for no speculation.
         kv_cache_tokens: Tokens that the fast path's KV cache holds; 0 for what memory has room for.
         fast_path: Whether our own kernels run the model where they can.
+        serve_while_compiling: Whether transformers runs it until they are compiled; else the engine is ready later.
         tuning_path: File of the fast path's measured tile sizes; None for sizes by rule.
     """
 
@@ -77,6 +82,7 @@ class EngineConfig:
     max_draft_tokens: int = 31
     kv_cache_tokens: int = 0
     fast_path: bool = True
+    serve_while_compiling: bool = True
     tuning_path: Path | None = None
 
 
@@ -184,6 +190,7 @@ class InProcessEngine:
         self._is_closing = False
         self._heap = HeapTrimmer()
         self._loaded: LoadedModel | None = None
+        self._idle_work: deque[Iterator[str]] = deque()
         self._thread = threading.Thread(target=self._run, name="planpatch-engine", daemon=True)
         self._thread.start()
 
@@ -353,6 +360,7 @@ class InProcessEngine:
     # --- the engine's thread --------------------------------------------------------------------------------------
 
     _failure: PlanPatchError | None = None
+    _faster: FasterRunner | None = None
 
     def _run(self) -> None:
         try:
@@ -360,8 +368,13 @@ class InProcessEngine:
 
             self._start()
             with torch.inference_mode():  # tensors made in this mode may only be written in it, KV caches included
-                while sequences := self._schedule():
-                    self._step(sequences)
+                while self._wait_for_work():
+                    if self._is_faster_ready():
+                        self._switch_runner()
+                    elif sequences := self._schedule():
+                        self._step(sequences)
+                    else:
+                        self._use_idle_moment()
         except PlanPatchError as error:
             self._fail(error)
         except Exception as fault:
@@ -370,20 +383,22 @@ class InProcessEngine:
             self._stop()
 
     def _start(self) -> None:
-        from engine.inference.kv_cache import PrefixCache
-        from engine.inference.runner import make_runner
+        loaded = self._load()  # it reads weights while it imports transformers, which runners import too
+        from engine.inference.runner import ReferenceRunner, make_faster_runner, make_runner
 
-        loaded = self._load()
-        self._runner: Runner = make_runner(loaded, self._config, self._say)
-        self._grammar_compiler: GrammarCompiler | None = None
+        rank = self._adapter.rank if self._adapter else 0
+        self._faster = make_faster_runner(loaded, self._config, self._wake, rank)
+        if self._faster is None:
+            self._use(make_runner(loaded, self._config, self._say))
+        else:
+            self._use(ReferenceRunner(loaded, self._config))
+            self._limit_context(self._faster.num_kv_tokens)
         self._runner.activate(self._adapter)
-        self._max_rows, self._chunk_tokens = self._runner.max_rows, self._runner.chunk_tokens
-        num_kv_tokens = self._runner.num_kv_tokens  # a cache of fixed size drops prefixes when it needs the room
-        prefix_bytes = self._config.prefix_cache_bytes if num_kv_tokens is None else sys.maxsize
-        self._prefix_cache: PrefixCache = PrefixCache(prefix_bytes)
-        if num_kv_tokens is not None:
-            self._context_length = min(self._context_length, num_kv_tokens - self._config.max_draft_tokens)
+        self._grammar_compiler: GrammarCompiler | None = None
         self._weights_bytes = int(loaded.model.get_memory_footprint())
+        if loaded.when_idle is not None:
+            self._idle_work.append(loaded.when_idle)
+            loaded.when_idle = None
         with self._changed:
             self._loaded = loaded
             self._status = replace(
@@ -394,24 +409,104 @@ class InProcessEngine:
                 quantization=loaded.quantization,
                 context_length=self._context_length,
                 memory_bytes=self._weights_bytes,
-                message="",
+                message=self._faster.message if self._faster is not None else "",
             )
             self._changed.notify_all()
+
+    def _use(self, runner: Runner) -> None:
+        from engine.inference.kv_cache import PrefixCache
+
+        self._runner = runner
+        if runner.when_idle is not None:
+            self._idle_work.appendleft(runner.when_idle)
+        self._max_rows, self._chunk_tokens = runner.max_rows, runner.chunk_tokens
+        num_kv_tokens = runner.num_kv_tokens  # a cache of fixed size drops prefixes when it needs the room
+        prefix_bytes = self._config.prefix_cache_bytes if num_kv_tokens is None else sys.maxsize
+        self._prefix_cache: PrefixCache = PrefixCache(prefix_bytes)
+        if num_kv_tokens is not None:
+            self._limit_context(num_kv_tokens)
+
+    def _limit_context(self, num_kv_tokens: int) -> None:
+        self._context_length = min(self._context_length, num_kv_tokens - self._config.max_draft_tokens)
+
+    def _wake(self) -> None:
+        """Called by whatever thread, when there may be something else to do than requests."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _is_faster_ready(self) -> bool:
+        return self._faster is not None and self._faster.is_done
+
+    def _switch_runner(self) -> None:
+        """Go over to the runner that was being compiled. What is under way computes its text again, so that no token is
+        lost; it is late by that and by the seconds that the switch takes, a cancel too.
+        """
+        import torch
+
+        assert self._faster is not None and self._loaded is not None
+        faster, self._faster = self._faster, None
+        self._runner.activate(None)
+        self._runner.abandon()
+        self._prefix_cache.clear()
+        with self._changed:
+            running = [sequence for sequence in list(self._sequences.values()) if sequence.kv_cache is not None]
+        for sequence in running:
+            self._give_up_cache(sequence)
+        torch.cuda.empty_cache()
+        try:
+            with torch.inference_mode(False):
+                self._use(faster.make(self._say))
+        except (PlanPatchError, torch.OutOfMemoryError) as fault:
+            log.warning("the model stays on transformers, not on the fast path: %s", fault)
+            torch.cuda.empty_cache()
+        for sequence in running:
+            sequence.kv_cache = self._runner.new_kv_cache()
+        self._say("")
+
+    def _give_up_cache(self, sequence: _Sequence) -> None:
+        """It computes its text again; what it was to get is not lost, only late."""
+        assert sequence.kv_cache is not None
+        sequence.kv_cache.release()
+        sequence.kv_cache = sequence.hidden_sum = None
+        sequence.num_computed = 0
 
     def _say(self, message: str) -> None:
         """What is being prepared, for `status`."""
         with self._changed:
             self._status = replace(self._status, message=message)
 
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False when the engine closes."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_closing or self._sequences or self._is_faster_ready() or self._has_idle_work()
+            )
+            return not self._is_closing
+
+    def _has_idle_work(self) -> bool:
+        """It waits for the switch of runners, which moves the weights."""
+        return bool(self._idle_work) and self._faster is None
+
+    def _use_idle_moment(self) -> None:
+        import torch
+
+        try:
+            message = next(self._idle_work[0], None)
+        except torch.OutOfMemoryError as fault:  # it can wait for a need
+            log.warning("something for idle moments is left out: %s", fault)
+            message = None
+        if message is None:
+            self._idle_work.popleft()
+        self._say(message or "")
+
     def _schedule(self) -> list[_Sequence]:
-        """What to advance next, after a wait if there is nothing: one sequence, or several that decode together.
+        """What to advance next: one sequence, or several that decode together.
 
         A cancelled sequence goes first, then the highest priority; within it prefill goes before decode, so that
-        sequences meet in one batch. Empty when the engine closes.
+        sequences meet in one batch. Empty when nobody waits for the model.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing or bool(self._sequences))
-            if self._is_closing:
+            if not self._sequences:
                 return []
             waiting = sorted(self._sequences.values(), key=lambda sequence: sequence.rank)
             cancelled = next((sequence for sequence in waiting if sequence.is_cancelled), None)
@@ -441,7 +536,7 @@ class InProcessEngine:
     def _make_room(self, sequences: list[_Sequence]) -> None:
         """Drop prefixes that nobody uses, then what those computed that do not fit beside these; they compute it again.
 
-        What they were to get is not lost, only late: whoever comes first by rank keeps what it has.
+        Whoever comes first by rank keeps what it has.
         """
         needs = [
             (
@@ -457,10 +552,9 @@ class InProcessEngine:
         for other in sorted(others, key=lambda one: one.rank, reverse=True):
             if self._runner.has_room(needs):
                 return
-            assert other.kv_cache is not None
             self._runner.settle(other.kv_cache)
-            other.kv_cache.truncate(0)
-            other.num_computed = 0
+            self._give_up_cache(other)
+            other.kv_cache = self._runner.new_kv_cache()
 
     def _batchable(self, decoding: list[_Sequence]) -> list[_Sequence]:
         """Those that can share a step with the first: the same adapter, and caches of ours."""
@@ -781,6 +875,11 @@ class InProcessEngine:
                 self._status = replace(self._status, state="closed")
             self._changed.notify_all()
         self._loaded = None
+        for work in self._idle_work:
+            if isinstance(work, Generator):
+                work.close()
+        if self._faster is not None:
+            self._faster.close()
         for sequence in left:
             sequence.events.put(self._failure or EngineError("The engine was closed"))
 

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from engine.errors import ModelError
 from engine.inference.mending import mending_hint
+from engine.inference.quantized import WEIGHTS, QuantizedFiles
 from engine.inference.tokenizer import HFChatTokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+log = logging.getLogger("planpatch.engine")
 
 Quantization = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 
@@ -41,22 +44,27 @@ class LoadedModel:
         digest: sha256 that names the weights.
         folder: Where it was read from.
         model: The module, in eval mode on `device`.
-        tokenizer: Its tokenizer.
         device: Where it is.
         quantization: How the weights are held.
         context_length: Most tokens of prompt and output together.
         vocab_size: Length of a row of logits.
+        when_idle: Work for moments when nobody waits for the model, in small pieces; says what it does.
     """
 
     name: str
     digest: str
     folder: Path
     model: PreTrainedModel
-    tokenizer: HFChatTokenizer
     device: torch.device
     quantization: Quantization
     context_length: int
     vocab_size: int
+    when_idle: Iterator[str] | None = None
+
+    @property
+    def tokenizer(self) -> HFChatTokenizer:
+        """Its tokenizer, read anew."""
+        return HFChatTokenizer(self.folder)
 
 
 def context_length_of(folder: Path) -> int:
@@ -167,7 +175,14 @@ def choose_quantization(wanted: str, device: str) -> Quantization:
 
 
 def load_model(
-    name: str, digest: str, folder: Path, *, device: str = "auto", quantization: str = "auto", dtype: str = "auto"
+    name: str,
+    digest: str,
+    folder: Path,
+    *,
+    device: str = "auto",
+    quantization: str = "auto",
+    dtype: str = "auto",
+    quantized: Path | None = None,
 ) -> LoadedModel:
     """Read a model folder onto a device.
 
@@ -178,6 +193,8 @@ def load_model(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization: `auto`, `int8`, `nf4`, `bf16`, `fp16` or `fp32`.
         dtype: Of weights that are not quantized and of activations: `auto`, `bfloat16`, `float16` or `float32`.
+        quantized: Folder for weights as bitsandbytes quantized them: read from there, or written when the engine has
+            nothing to do; None for neither.
 
     Returns:
         The model, in eval mode.
@@ -192,8 +209,7 @@ def load_model(
     from engine.inference.head import make_leading_logits_exact
 
     try:
-        with _quiet_transformers():
-            model = _read_weights(folder, device, chosen, dtype)
+        model, when_idle = _read_model(folder, digest, device, chosen, dtype, quantized)
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise ModelError(
             f"{name} does not fit into the memory of {device} as {chosen}",
@@ -212,11 +228,11 @@ def load_model(
         digest=digest,
         folder=folder,
         model=model.eval(),
-        tokenizer=HFChatTokenizer(folder),
         device=torch.device(device),
         quantization=chosen,
         context_length=context_length_of(folder),
         vocab_size=int(head.weight.shape[0]),
+        when_idle=when_idle,
     )
 
 
@@ -232,12 +248,88 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     return cast("nn.Linear", head)
 
 
+def _read_model(
+    folder: Path, digest: str, device: str, quantization: Quantization, dtype: str, quantized: Path | None
+) -> tuple[PreTrainedModel, Iterator[str] | None]:
+    """Quantized weights that were kept, if they are there; else the folder's own, and what keeps them."""
+    plain = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype = dtype if dtype != "auto" else plain.get(quantization, "float16")
+    if quantized is None or not digest or quantization not in ("int8", "nf4"):
+        return _read_weights(folder, device, quantization, dtype), None
+    kept = QuantizedFiles(quantized, digest, quantization, dtype)
+    if kept.are_there():
+        try:
+            return _read_kept(kept.folder, device, dtype), None
+        except (MemoryError, _out_of_memory()):
+            raise
+        except Exception as fault:  # safetensors, transformers and bitsandbytes fail in any way
+            log.warning("the weights kept in %s cannot be read, and are made again: %s", kept.folder, _reason(fault))
+            kept.remove()
+    _import_bitsandbytes()
+    model = _read_weights(folder, device, quantization, dtype)
+    return model, kept.saving(model)
+
+
+def _out_of_memory() -> type[Exception]:
+    import torch
+
+    return torch.OutOfMemoryError
+
+
+def _import_bitsandbytes() -> None:
+    """Without what torch.compile imports for functions of bitsandbytes that only a CPU runs: 1 to 2 seconds."""
+    import torch
+
+    compile, torch.compile = torch.compile, lambda model=None, **_: model if model is not None else (lambda it: it)
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
+    finally:
+        torch.compile = compile
+
+
+def _read_kept(folder: Path, device: str, dtype: str) -> PreTrainedModel:
+    """Weights that are quantized already: one file, read while transformers is imported, which takes longer."""
+    import torch
+
+    from engine.inference.fast_read import FastReader
+
+    reader = FastReader(folder / WEIGHTS, torch.device(device))
+    try:
+        _import_bitsandbytes()
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        arguments: dict[str, Any] = {"config": config, "state_dict": reader.tensors, "dtype": getattr(torch, dtype)}
+        if device != "cpu":
+            arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with _quiet_transformers(), _nothing_allocated_ahead():
+            model, read = architecture.from_pretrained(None, output_loading_info=True, **arguments)
+    finally:
+        reader.close()
+    _check_complete(read["missing_keys"], read["mismatched_keys"], ())
+    model.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def _nothing_allocated_ahead() -> Iterator[None]:
+    """Transformers allocates all memory of a model at first, beside the tensors that are on the device already."""
+    from transformers import modeling_utils
+
+    before = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = before
+
+
 def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    weights_dtype = getattr(torch, dtype) if dtype != "auto" else plain.get(quantization, torch.float16)
+    weights_dtype = getattr(torch, dtype)
     arguments: dict[str, Any] = {"dtype": weights_dtype, "use_safetensors": True, "local_files_only": True}
     if quantization == "int8":
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -248,7 +340,8 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
     arguments["ignore_mismatched_sizes"] = True  # so that they are told below, by name
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    with _quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     model, read = loaded
     num_layers = model.config.get_text_config().num_hidden_layers
     further = [

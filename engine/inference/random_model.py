@@ -48,7 +48,7 @@ def random_model(
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     model.tie_weights()
     return LoadedModel(
-        name="random", digest="", folder=Path(), model=model.eval(), tokenizer=cast("Any", None), device=device,
+        name="random", digest="", folder=Path(), model=model.eval(), device=device,
         quantization=quantization, context_length=config.max_position_embeddings, vocab_size=config.vocab_size,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ until one joins or leaves, so their KV caches are up to date only after `settle`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,6 +74,11 @@ class Runner(Protocol):
         """So many draft tokens cost next to nothing, however seldom they are right."""
         ...
 
+    @property
+    def when_idle(self) -> Iterator[str] | None:
+        """Preparations for moments when nobody waits, in small pieces; says what it does."""
+        ...
+
     def has_room(self, needs: Sequence[tuple[SequenceCache, int]]) -> bool:
         """Whether caches can gain so many tokens each."""
         ...
@@ -129,6 +134,7 @@ class ReferenceRunner:
     name = "transformers"
     num_kv_tokens = None
     greedy = None
+    when_idle = None
     least_drafts = 1
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
@@ -206,29 +212,91 @@ class ReferenceRunner:
         return self._batch.step(self._loaded.model, [row.token_ids[0] for row in rows])
 
 
+class FasterRunner(Protocol):
+    """A runner whose kernels another process compiles; the engine's thread goes over to it when that is done."""
+
+    @property
+    def message(self) -> str:
+        """What is going on, for people."""
+        ...
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that all its caches together will hold."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the compiling has ended, well or not."""
+        ...
+
+    def make(self, say: Callable[[str], None]) -> Runner:
+        """The runner; what others hold of the model's keys and values must be released before.
+
+        Raises:
+            EngineError: The kernels could not be compiled.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the compiling."""
+        ...
+
+
 def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None] = lambda _: None) -> Runner:
     """The fastest way to run a model that there is for it.
 
     Args:
         loaded: The model.
         config: The engine's limits.
-        say: Called with what is being prepared, and with why the fast path cannot be taken.
+        say: Called with what is being prepared.
 
     Returns:
         Its runner.
     """
-    if loaded.device.type == "cuda" and config.fast_path:
-        reason = _why_not_fast(loaded)
-        if not reason:
-            from engine.inference.cuda.rows import FusedRunner
+    if not _runs_fast(loaded, config):
+        if loaded.device.type == "cpu" and config.fast_path:
+            from engine.inference.cpu import speed_up
 
-            return FusedRunner(loaded, config, say)
+            speed_up(loaded.model)
+        return ReferenceRunner(loaded, config)
+    from engine.inference.cuda.rows import FusedRunner
+
+    return FusedRunner(loaded, config, say)
+
+
+def make_faster_runner(
+    loaded: LoadedModel, config: EngineConfig, on_done: Callable[[], None], lora_rank: int = 0
+) -> FasterRunner | None:
+    """What `make_runner` would give, if its kernels have to be compiled first; that has begun then.
+
+    Args:
+        loaded: The model, which runs on a `ReferenceRunner` meanwhile.
+        config: The engine's limits.
+        on_done: Called on another thread when the compiling has ended.
+        lora_rank: Of the adapter that it will run with; 0 for none.
+
+    Returns:
+        The runner to come, or None if there is nothing to wait for.
+    """
+    if not config.serve_while_compiling or not _runs_fast(loaded, config, is_told=False):
+        return None
+    from engine.inference.cuda.precompile import can_describe
+    from engine.inference.cuda.rows import CompilingRunner
+
+    if not can_describe():
+        return None
+    coming = CompilingRunner(loaded, config, lora_rank)
+    return coming if coming.begin(on_done) else None
+
+
+def _runs_fast(loaded: LoadedModel, config: EngineConfig, *, is_told: bool = True) -> bool:
+    if loaded.device.type != "cuda" or not config.fast_path:
+        return False
+    reason = _why_not_fast(loaded)
+    if reason and is_told:
         log.warning("the model runs on transformers, not on the fast path: %s", reason)
-    if loaded.device.type == "cpu" and config.fast_path:
-        from engine.inference.cpu import speed_up
-
-        speed_up(loaded.model)
-    return ReferenceRunner(loaded, config)
+    return not reason
 
 
 def _why_not_fast(loaded: LoadedModel) -> str:

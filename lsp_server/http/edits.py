@@ -119,7 +119,9 @@ async def health(request: Request) -> Response:
     return Json(
         {
             "status": "failed" if has_failed else "ok" if status is not None else host.state,
-            "message": "the engine failed; restart PlanPatch" if has_failed else host.message,
+            "message": "the engine failed; restart PlanPatch"
+            if has_failed
+            else host.message or (status.message if status is not None else ""),
             "hint": host.hint,
             "model_loaded": status is not None and not has_failed,
             "model": status.model if status is not None else host.model,

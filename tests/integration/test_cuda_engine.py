@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def loaded(model_folder_05b: Path) -> LoadedModel:
 
 
 def engine_of(loaded: LoadedModel, *, fast: bool = True, kv_cache_tokens: int = 4096, **more: int) -> InProcessEngine:
-    config = EngineConfig(fast_path=fast, kv_cache_tokens=kv_cache_tokens, **more)  # pyright: ignore[reportArgumentType]
+    limits: Any = {"serve_while_compiling": False, "kv_cache_tokens": kv_cache_tokens, **more}
+    config = EngineConfig(fast_path=fast, **limits)
     engine = InProcessEngine("small", loaded.folder, lambda: loaded, config=config)
     engine.wait_until_ready(600)
     assert (engine._runner.name == "transformers") is not fast

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.errors import ModelError
-from engine.inference.engine import InProcessEngine
+from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import choose_device, choose_quantization, load_model
 from engine.inference.protocol import (
     Completion,
@@ -28,6 +30,7 @@ from engine.inference.protocol import (
 )
 from engine.inference.reference import reference_step
 from lsp_server.doctor_machine import bitsandbytes_checks, torch_checks
+from tests.tiny_model import tiny_model_files
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 
@@ -47,7 +50,8 @@ class Model:
 
     def __init__(self, folder: Path, quantization: str) -> None:
         self.loaded = load_model("model", "digest", folder, device="cuda", quantization=quantization)
-        self.engine = InProcessEngine("model", folder, lambda: self.loaded)
+        config = EngineConfig(serve_while_compiling=False)
+        self.engine = InProcessEngine("model", folder, lambda: self.loaded, config=config)
         self.engine.wait_until_ready()
 
     def prompt(self, text: str = QUESTION) -> tuple[int, ...]:
@@ -148,7 +152,7 @@ def test_full_size(
     torch.cuda.reset_peak_memory_stats()
     started_at = time.monotonic()
     load = partial(load_model, "8b", "", folder, device="cuda", quantization=quantization)
-    with InProcessEngine("8b", folder, load) as engine:
+    with InProcessEngine("8b", folder, load, config=EngineConfig(serve_while_compiling=False)) as engine:
         engine.wait_until_ready()
         load_s = time.monotonic() - started_at
         prompt = tuple(engine.tokenizer.encode("def add(a, b):\n    return a + b\n" * 100))[:900]
@@ -187,3 +191,44 @@ def make_8b(folder: Path, tokenizer_from: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         if (tokenizer_from / name).exists():
             shutil.copy(tokenizer_from / name, folder)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_that_were_kept_give_the_same_bits(quantization: str, tmp_path: Path) -> None:
+    for name, content in tiny_model_files().items():
+        (tmp_path / name).write_bytes(content)
+    config: Any = LlamaConfig(
+        vocab_size=280, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(tmp_path)
+    load = partial(
+        load_model,
+        "tiny",
+        "0123456789ab",
+        tmp_path,
+        device="cuda",
+        quantization=quantization,
+        quantized=tmp_path / "kept",
+    )
+    token_ids = torch.arange(3, 103, device="cuda")[None]
+    first = load()
+    assert first.when_idle is not None
+    with torch.inference_mode():
+        logits = first.model(token_ids).logits
+        assert list(first.when_idle)[-1].startswith("Keeping the ")
+        deadline = time.monotonic() + 20
+        while not list((tmp_path / "kept").glob("[!.]*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        again = load()
+        assert again.when_idle is None, "the kept ones were read"
+        assert torch.equal(again.model(token_ids).logits, logits)
+    ours, theirs = first.model.state_dict(), again.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    prompt = GenerationRequest(tuple(range(3, 103)), SamplingParams(30, repetition_penalty=1.1))
+    texts: list[tuple[int, ...]] = []
+    for loaded in (first, again):
+        limits = EngineConfig(serve_while_compiling=False, kv_cache_tokens=1024)
+        with InProcessEngine("tiny", tmp_path, lambda loaded=loaded: loaded, config=limits) as engine:
+            texts.append(complete(engine, prompt).token_ids)
+    assert texts[0] == texts[1]

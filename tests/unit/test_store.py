@@ -423,6 +423,16 @@ def test_remove_frees_the_space(store: ModelStore, pulled: ModelRef) -> None:
         store.remove("org/tiny")
 
 
+def test_quantized_weights_kept_beside_a_model_are_part_of_it(store: ModelStore, pulled: ModelRef) -> None:
+    kept = store.get(pulled).folder / "quantized" / "int8-float16-0.50.2-0123456789ab"
+    write_files(kept, {"config.json": b"{}", "model.safetensors": b"x" * 100_000})
+    assert store.get(pulled).name == "org--tiny"
+    assert [info.name for info in store.list() if info.local is not None] == ["org--tiny"]
+    assert store.show("org/tiny").bytes > 100_000
+    assert store.remove("org/tiny") > 100_000
+    assert not kept.exists()
+
+
 @pytest.mark.parametrize("name", ["../outside", "..", ".", "/"])
 def test_remove_deletes_nothing_outside_the_store(store: ModelStore, pulled: ModelRef, name: str) -> None:
     outside = write_files(store.root.parent / "outside", {"x": b""})

@@ -6,8 +6,9 @@ tensor cores; sums are fp32. Rows never meet: what a row holds does not change a
 tile, order of sums and instructions are the same, so a row's result does not depend on how many go with it.
 
 Splits of a sum (over a layer's inputs, over a context) are written apart and added by the next kernel in a fixed order.
-No atomics. Kernels with `PDL` start while the one before still runs (CUDA's programmatic dependent launch), ask the L2
-cache for their first weights, and then wait for their inputs.
+No atomics. Arguments that differ from step to step or from start to start are not specialized, so that which kernels a
+model needs follows from its shapes alone (`precompile.py`). Kernels with `PDL` start while the one before still runs
+(CUDA's programmatic dependent launch), ask the L2 cache for their first weights, and then wait for their inputs.
 
 Not covered: head sizes that are no power of two, sliding windows, gradients.
 """
@@ -478,7 +479,7 @@ def linear_kernel(
 # --- norms, rotary embedding, activation -----------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["token_ids"])
 def norm_kernel(
     residual, added, embeddings, token_ids, weight, out, num_rows, eps,
     H: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EMBED: tl.constexpr, ORDER: tl.constexpr,
@@ -527,7 +528,7 @@ def _head(at, gain_at, eps, stride, HD: tl.constexpr, SPLITS: tl.constexpr, HAS_
     return value, other
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_kernel(
     qkv, q_out, kv, cos, sin, q_gain, k_gain, positions, slots, num_rows, v_offset, eps,
     NH: tl.constexpr, NKV: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
@@ -647,7 +648,7 @@ def _segment_of(step, item, num_segments, table_width, NKV: tl.constexpr):
     return first, num_tokens, position, table, kv_head, segment, start, end, old
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "max_segments"])
 def decode_attention_kernel(
     q, kv, step, parts, sums, v_offset, factor, table_width, max_segments,
     NH: tl.constexpr, NKV: tl.constexpr, GP: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
@@ -714,7 +715,7 @@ def decode_attention_kernel(
         gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_segments"], do_not_specialize_on_alignment=["positions"])
 def combine_kernel(
     parts, sums, positions, out, max_segments,
     NH: tl.constexpr, HD: tl.constexpr, CHUNK: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr,
@@ -749,7 +750,7 @@ def combine_kernel(
     tl.store(out + row * (NH * HD) + place, (value / total).to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_rows", "position"])
+@triton.jit(do_not_specialize=["num_rows", "position"], do_not_specialize_on_alignment=["table"])
 def prefill_attention_kernel(
     q, kv, table, out, num_rows, position, v_offset, factor,
     NH: tl.constexpr, NKV: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, BQ: tl.constexpr, BLOCK: tl.constexpr,
@@ -798,3 +799,72 @@ def dequantize_nf4_kernel(w, scale, values, out, num_bytes, BLOCK: tl.constexpr)
     odd = tl.load(values + (packed & 15)) * factor
     place = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(out + place, tl.interleave(even, odd).to(out.dtype.element_ty), mask=place < 2 * num_bytes)
+
+
+# --- the greedy choice -----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def likeliest_of_blocks_kernel(
+    logits, seen, allowed, tokens, partial, num_tokens, stride, penalty,
+    V: tl.constexpr, BLOCK: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_ALLOWED: tl.constexpr, MAX_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Of one block of one row: largest, its place, second largest, its place, sum of exponentials."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    is_inside = places < V
+    values = tl.load(logits + row * stride + places, mask=is_inside, other=float("-inf")).to(tl.float32)
+    if HAS_SEEN:
+        is_seen = tl.load(seen + places, mask=is_inside, other=0) != 0
+        for index in range(num_tokens):
+            token_id = tl.load(tokens + index)
+            from_row = tl.load(tokens + MAX_TOKENS + index)
+            is_seen = is_seen | ((places == token_id) & (row >= from_row))
+        values = tl.where(is_seen, tl.where(values > 0, tl.div_rn(values, penalty), values * penalty), values)
+    if HAS_ALLOWED:
+        is_allowed = tl.load(allowed + row.to(tl.int64) * V + places, mask=is_inside, other=0) != 0
+        values = tl.where(is_allowed, values, float("-inf"))
+    first, first_at = tl.max(values, 0, return_indices=True, return_indices_tie_break_left=True)
+    others = tl.where(tl.arange(0, BLOCK) == first_at, float("-inf"), values)
+    second, second_at = tl.max(others, 0, return_indices=True, return_indices_tie_break_left=True)
+    shift = tl.where(first == float("-inf"), 0.0, first)
+    to = partial + (row * tl.num_programs(1) + block) * 5
+    tl.store(to, first)
+    tl.store(to + 1, (block * BLOCK + first_at).to(tl.float32))
+    tl.store(to + 2, second)
+    tl.store(to + 3, (block * BLOCK + second_at).to(tl.float32))
+    tl.store(to + 4, tl.sum(tl.exp(values - shift), 0))
+
+
+@triton.jit
+def likeliest_of_rows_kernel(partial, out, num_blocks, BLOCKS: tl.constexpr):
+    """Of one row: the two likeliest tokens and their log-probabilities."""
+    row = tl.program_id(0)
+    lanes = tl.arange(0, BLOCKS)
+    at = partial + (row * num_blocks + lanes) * 5
+    is_inside = lanes < num_blocks
+    first = tl.load(at, mask=is_inside, other=float("-inf"))
+    first_at = tl.load(at + 1, mask=is_inside, other=0.0)
+    second = tl.load(at + 2, mask=is_inside, other=float("-inf"))
+    second_at = tl.load(at + 3, mask=is_inside, other=0.0)
+    sums = tl.load(at + 4, mask=is_inside, other=0.0)
+    best, winner = tl.max(first, 0, return_indices=True, return_indices_tie_break_left=True)
+    log_sum = best + tl.log(tl.sum(tl.where(first == float("-inf"), 0.0, sums * tl.exp(first - best)), 0))
+    is_winner = lanes == winner
+    rest = tl.where(is_winner, second, first)
+    rest_at = tl.where(is_winner, second_at, first_at)
+    runner_up, place = tl.max(rest, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(out + row * 4, tl.sum(tl.where(is_winner, first_at, 0.0), 0))
+    tl.store(out + row * 4 + 1, best - log_sum)
+    tl.store(out + row * 4 + 2, tl.sum(tl.where(lanes == place, rest_at, 0.0), 0))
+    tl.store(out + row * 4 + 3, runner_up - log_sum)
+
+
+def _fix_keys() -> None:
+    """A kernel's key in Triton's cache depends on which keys were made before it (seen in 3.6): make all, in order."""
+    for value in list(globals().values()):
+        if isinstance(value, triton.JITFunction):
+            _ = value.cache_key
+
+
+_fix_keys()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.errors import EngineError
 from engine.inference.adapters import BASE, AdapterFiles, check_fits
 from engine.inference.cuda.paged_kv import PagedKV
+from engine.inference.cuda.precompile import KernelBuild, kernels_of
 from engine.inference.cuda.runner import CudaRunner
 from engine.inference.cuda.verify import GreedyKernel
 from engine.inference.cuda.weights import LoraWeights, read_lora
 from engine.inference.kv_cache import SequenceCache
-from engine.inference.runner import Row
+from engine.inference.runner import Row, log
 
 if TYPE_CHECKING:
     from engine.inference.engine import EngineConfig
@@ -24,6 +28,9 @@ LEAST_KV_TOKENS = 4096
 _MOST_KV_TOKENS = 65_536
 _FEWEST_KV_TOKENS = 1024  # a smaller cache would hold no prompt
 _SHARE_OF_FREE_MEMORY = 0.8
+_FIRST_WIDTHS = (
+    8,
+)  # that the first steps of a PLAN have; the others are captured when first used, or before, when idle
 _MAX_ADAPTERS = 2  # kept on the CPU, so that an A/B run reads no files
 
 
@@ -44,11 +51,14 @@ class FusedRunner:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._loaded = loaded
         self._max_draft_tokens = config.max_draft_tokens
-        self.num_kv_tokens = (
-            max(_FEWEST_KV_TOKENS, config.kv_cache_tokens) if config.kv_cache_tokens else kv_tokens_of(loaded)
-        )
+        self.num_kv_tokens = _num_kv_tokens(loaded, config)
         self._cuda = CudaRunner(loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=config.tuning_path)
-        self._cuda.warm_up(say)
+        self.when_idle: Iterator[str] | None = None
+        if config.serve_while_compiling:
+            self._cuda.warm_up(say, widths=_FIRST_WIDTHS)
+            self.when_idle = self._cuda.capturing()
+        else:
+            self._cuda.warm_up(say)
         self.greedy = GreedyKernel(loaded.vocab_size, loaded.device)
         self._adapters: OrderedDict[str, LoraWeights] = OrderedDict()
         self._active = BASE
@@ -112,9 +122,62 @@ class FusedRunner:
         self._active = digest
 
 
+class CompilingRunner:
+    """The `FasterRunner` of runner.py: a `FusedRunner` once another process has compiled its kernels.
+
+    Args:
+        loaded: The model; `CudaRunner.why_not` says that it can be run.
+        config: The engine's limits.
+        lora_rank: Of the adapter that it will run with; 0 for none.
+    """
+
+    message = "Compiling kernels; slower until then"
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, lora_rank: int) -> None:
+        self._loaded = loaded
+        self._began_at = time.monotonic()
+        self._build: KernelBuild | None = None
+        self.num_kv_tokens = _num_kv_tokens(loaded, config)
+        self._config = replace(config, kv_cache_tokens=self.num_kv_tokens)
+        self._wanted = kernels_of(
+            loaded, num_kv_tokens=self.num_kv_tokens, tuning_path=config.tuning_path, lora_rank=lora_rank
+        )
+
+    def begin(self, on_done: Callable[[], None]) -> bool:
+        """Start the compiling; returns whether there is anything to compile."""
+        if self._wanted.is_compiled():
+            return False
+        self._build = KernelBuild(self._wanted, on_done)
+        return True
+
+    @property
+    def is_done(self) -> bool:
+        """See `FasterRunner`."""
+        return self._build is not None and self._build.is_done
+
+    def make(self, say: Callable[[str], None]) -> FusedRunner:
+        """See `FasterRunner`."""
+        assert self._build is not None and self._build.is_done, "the kernels are compiled first"
+        if self._build.error:
+            raise EngineError(f"The kernels could not be compiled: {self._build.error}")
+        log.info("%d kernels compiled in %.1f s", len(self._wanted.descriptions), time.monotonic() - self._began_at)
+        return FusedRunner(self._loaded, self._config, say)
+
+    def close(self) -> None:
+        """See `FasterRunner`."""
+        if self._build is not None:
+            self._build.close()
+
+
 def _paged(kv_cache: SequenceCache) -> PagedKV:
     assert isinstance(kv_cache, PagedKV), "every cache is one of ours"
     return kv_cache
+
+
+def _num_kv_tokens(loaded: LoadedModel, config: EngineConfig) -> int:
+    if config.kv_cache_tokens:
+        return max(_FEWEST_KV_TOKENS, config.kv_cache_tokens)
+    return kv_tokens_of(loaded)
 
 
 def kv_tokens_of(loaded: LoadedModel) -> int:

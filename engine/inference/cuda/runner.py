@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,18 +85,27 @@ class CudaRunner:
         num_kv_tokens: Tokens that the KV pool holds.
         page_tokens: Tokens of a page, a power of two.
         tuning_path: File for measured tile sizes; None keeps nothing.
+        dry: Called for kernels instead of launching them (`precompile.py`). Then all is made of shapes without memory,
+            the model stays as it is, and only `dry_run` may be called.
     """
 
     max_decode_tokens = kernels.MAX_ROWS
     chunk_tokens = 1024
 
     def __init__(
-        self, loaded: LoadedModel, *, num_kv_tokens: int, page_tokens: int = 64, tuning_path: Path | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        num_kv_tokens: int,
+        page_tokens: int = 64,
+        tuning_path: Path | None = None,
+        dry: Any = None,
     ) -> None:
         assert not (reason := self.why_not(loaded)), reason
+        self._kernels: Any = dry or kernels
         model: Any = loaded.model
         config = model.config.get_text_config()
-        self.device = loaded.device
+        self.device = torch.device("meta") if dry else loaded.device
         self.vocab_size = loaded.vocab_size
         self._hidden_size = int(config.hidden_size)
         self._num_heads = int(config.num_attention_heads)
@@ -104,22 +113,27 @@ class CudaRunner:
         self._head_dim = _head_dim(config)
         self._inner_size = int(config.intermediate_size)
         self._eps = float(config.rms_norm_eps)
-        self._can_pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
+        facts = torch.cuda.get_device_properties(loaded.device)
+        self._device_name, self._can_pdl, self._num_programs = (
+            facts.name,
+            facts.major >= 9,
+            2 * facts.multi_processor_count,
+        )
         self._tuning = TuningFile(tuning_path)
         self._dtype = model.get_input_embeddings().weight.dtype
         self._embeddings = model.get_input_embeddings().weight.data
         self._final_norm = model.model.norm.weight.data
-        self._head = fuse("head", [model.get_output_embeddings()], self._dtype)
+        self._head = fuse("head", [model.get_output_embeddings()], self._dtype, self.device)
         num_pages = -(-num_kv_tokens // page_tokens)
-        layers = list(model.model.layers)
+        layers = _different_layers(model) if dry else list(model.model.layers)
         shape = (len(layers), 2, num_pages + 1, self._num_kv_heads, page_tokens, self._head_dim)
         with torch.inference_mode(False), torch.no_grad():
             self._layers: list[_Layer] = []
-            with whole_segments():
+            with nullcontext() if dry else whole_segments():
                 for layer in layers:
-                    torch.cuda.empty_cache()  # what the layer before has left
-                    self._layers.append(_read_layer(layer, self._dtype))
-                torch.cuda.empty_cache()
+                    self._give_memory_back()  # what the layer before has left
+                    self._layers.append(_read_layer(layer, self._dtype, self.device))
+                self._give_memory_back()
                 self._kv = torch.zeros(shape, dtype=self._dtype, device=self.device)  # last: it fits into no hole
             for layer, kv in zip(self._layers, self._kv, strict=True):
                 layer.kv = kv
@@ -143,8 +157,9 @@ class CudaRunner:
         self._max_segments = kernels.num_segments(max_context)
         step_size = kernels.PAGE_TABLE + rows * self._table_width
         self._step = new(step_size, dtype=torch.int32)
-        self._staging = [torch.zeros(step_size, dtype=torch.int32).pin_memory() for _ in range(_NUM_STAGING)]
-        self._staging_events = [torch.cuda.Event() for _ in range(_NUM_STAGING)]
+        if self.device.type == "cuda":
+            self._staging = [torch.zeros(step_size, dtype=torch.int32).pin_memory() for _ in range(_NUM_STAGING)]
+            self._staging_events = [torch.cuda.Event() for _ in range(_NUM_STAGING)]
         self._next_staging = 0
         width = self._num_heads * self._head_dim
         self._residual = new(rows, self._hidden_size, dtype=fp32)
@@ -160,8 +175,9 @@ class CudaRunner:
             "o": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
             "down": new(MOST_SPLITS * rows * self._hidden_size, dtype=fp32),
         }
-        self._values = torch.tensor(kernels.NF4_VALUES, dtype=fp32, device=self.device)
-        patterns = self._values.to(self._dtype).view(torch.int16).tolist()
+        values = torch.tensor(kernels.NF4_VALUES, dtype=fp32)
+        self._values = values.to(self.device)
+        patterns = values.to(self._dtype).view(torch.int16).tolist()
         self._table = torch.tensor(kernels.nf4_table(patterns), dtype=torch.int32, device=self.device)
         needs_scratch = any(linear.kind != PLAIN for layer in self._layers for linear in layer.linears)
         num_widened = self._inner_size * self._hidden_size // 2 if needs_scratch else 0
@@ -169,7 +185,11 @@ class CudaRunner:
         shared = new(max(num_parts * 4, num_widened * 2), dtype=torch.uint8)
         self._parts = shared[: num_parts * 4].view(fp32)  # narrow steps
         self._scratch = shared[: num_widened * 2].view(self._dtype)  # wide steps
-        torch.cuda.empty_cache()
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # --- what it can run ---------------------------------------------------------------------------------------------
 
@@ -351,7 +371,7 @@ class CudaRunner:
         self, width: int, gain: torch.Tensor, added: torch.Tensor | None, splits: int, out: torch.Tensor, order: int
     ) -> None:
         """Of the static residual; without `added` it starts from the embeddings."""
-        kernels.norm_kernel[(width,)](
+        self._kernels.norm_kernel[(width,)](
             self._residual, added if added is not None else self._residual, self._embeddings,
             self._step[kernels.TOKEN_IDS :], gain, out, width, self._eps,
             H=self._hidden_size, BLOCK=_power_of_2(self._hidden_size), SPLITS=splits, EMBED=added is None,
@@ -372,8 +392,14 @@ class CudaRunner:
         tiles = self._tiles_of(linear, block_rows)
         if lora is not None:
             self._lora_a(linear, x, lora, width)
-        _start(self._launch(linear, x, out, width, tiles, lora, order))
+        self._start(self._launch(linear, x, out, width, tiles, lora, order))
         return tiles.splits
+
+    def _start(self, launch: _Launch) -> None:
+        grid, arguments, options = launch
+        if options["KIND"] == NF4 and options["ASM"] and self.device.type == "cuda":
+            allow_shared_memory(kernels.linear_kernel.warmup(*arguments, grid=grid, **options))
+        self._kernels.linear_kernel[grid](*arguments, **options)
 
     def _launch(
         self, linear: FusedLinear, x: torch.Tensor, out: torch.Tensor, width: int, tiles: Tiles,
@@ -406,13 +432,13 @@ class CudaRunner:
         block = next(size for size in (128, 64, 32) if linear.num_inputs % (size * _lora_splits(linear)) == 0)
         tiles = Tiles(cols=16, inputs=block, splits=_lora_splits(linear), num_warps=2)
         factor = FusedLinear("lora", PLAIN, weight, None, None, None, None, (len(weight),), linear.num_inputs)
-        _start(self._launch(factor, x, self._lora_t, width, tiles))
+        self._start(self._launch(factor, x, self._lora_t, width, tiles))
 
     def _rope(
         self, layer: _Layer, qkv: torch.Tensor, splits: int, q: torch.Tensor, positions: torch.Tensor,
         slots: torch.Tensor, width: int, pdl: bool,
     ) -> None:  # fmt: skip
-        kernels.rope_kernel[(width, self._num_heads + 2 * self._num_kv_heads)](
+        self._kernels.rope_kernel[(width, self._num_heads + 2 * self._num_kv_heads)](
             qkv, q, layer.kv, self._cos, self._sin, layer.q_norm if layer.q_norm is not None else self._cos,
             layer.k_norm if layer.k_norm is not None else self._cos, positions, slots, width, layer.kv[0].numel(),
             self._eps, NH=self._num_heads, NKV=self._num_kv_heads, HD=self._head_dim, PAGE=self._page_tokens,
@@ -421,21 +447,17 @@ class CudaRunner:
 
     def _attend_narrow(self, layer: _Layer, positions: torch.Tensor, width: int) -> None:
         group = _power_of_2(self._num_heads // self._num_kv_heads)
-        kernels.decode_attention_kernel[(self._num_programs,)](
+        self._kernels.decode_attention_kernel[(self._num_programs,)](
             self._q, layer.kv, self._step, self._parts, self._sums, layer.kv[0].numel(), self._softmax_factor,
             self._table_width, self._max_segments, NH=self._num_heads, NKV=self._num_kv_heads, GP=group,
             HD=self._head_dim, PAGE=self._page_tokens, PDL=self._can_pdl,
             num_warps=_ATTENTION_WARPS, num_stages=1, launch_pdl=self._can_pdl,
         )  # fmt: skip
-        kernels.combine_kernel[(width, self._num_heads)](
+        self._kernels.combine_kernel[(width, self._num_heads)](
             self._parts, self._sums, positions, self._attended, self._max_segments, NH=self._num_heads,
             HD=self._head_dim, CHUNK=_COMBINE_SEGMENTS, ORDER=layer.o.kind, PDL=self._can_pdl, num_warps=_COMBINE_WARPS,
             launch_pdl=self._can_pdl,
         )  # fmt: skip
-
-    @property
-    def _num_programs(self) -> int:
-        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     @property
     def _softmax_factor(self) -> float:
@@ -455,27 +477,61 @@ class CudaRunner:
     def _tuning_key(self, linear: FusedLinear, block_rows: int) -> str:
         silu = " silu" if linear.name == "gate_up" else ""
         shape = f"{linear.num_outputs}x{linear.num_inputs} {_KIND_NAMES[linear.kind]}{silu}"
-        return f"{torch.cuda.get_device_name(self.device)}, {shape}, {self._dtype}, {block_rows} rows"
+        return f"{self._device_name}, {shape}, {self._dtype}, {block_rows} rows"
 
-    def warm_up(self, progress: Callable[[str], None] = lambda message: None, *, tune: bool = False) -> None:
+    def warm_up(
+        self, progress: Callable[[str], None] = lambda message: None, *, tune: bool = False,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:  # fmt: skip
         """Compile the kernels and capture a graph for each width. Compiled kernels stay in Triton's cache on disk.
 
         Args:
             progress: Called with what is being done, in words.
             tune: Measure tile sizes that the tuning file lacks; takes about a minute a model on a large machine.
+            widths: Of steps that are prepared now; others are when they are first used.
         """
         with torch.inference_mode():
             if tune:
                 self.tune(progress)
-            for width in WIDTHS:
+            for width in widths:
                 progress(f"preparing steps of {width} tokens")
                 self._graph(width, with_head=True)
-            self._graph(kernels.MAX_ROWS, with_head=False)
+            if kernels.MAX_ROWS in widths:
+                self._graph(kernels.MAX_ROWS, with_head=False)
             progress("preparing prompts")
             kv = self.new_kv()
             self.prefill(kv, [0] * min(self.chunk_tokens, self.free_tokens), want_logits=True)
             kv.release()
             torch.cuda.synchronize(self.device)
+
+    def capturing(self) -> Iterator[str]:
+        """Capture a graph for each width that has none yet.
+
+        Yields:
+            Nothing to be told, after each.
+        """
+        for width in WIDTHS:
+            with torch.inference_mode():
+                self._graph(width, with_head=True)
+            yield ""
+        with torch.inference_mode():
+            self._graph(kernels.MAX_ROWS, with_head=False)
+
+    @torch.inference_mode()
+    def dry_run(self, lora_rank: int = 0) -> None:
+        """Go through every launch of any step and prompt; made with `dry`.
+
+        Args:
+            lora_rank: Of an adapter that it runs with besides the base; 0 for none.
+        """
+        for width in WIDTHS:
+            self._forward_narrow(width, with_head=True)
+        self._run_wide(self.new_kv(), [0] * min(self.chunk_tokens, self.free_tokens), last_only=True)
+        if lora_rank:
+            self._make_lora_buffers(_padded_rank(lora_rank))
+            self._lora_is_on = True
+            for width in WIDTHS:
+                self._forward_narrow(width, with_head=True)
 
     @torch.inference_mode()
     def tune(
@@ -542,7 +598,7 @@ class CudaRunner:
 
         def run() -> None:
             for launch in launches:
-                _start(launch)
+                self._start(launch)
 
         return self._replayed(run) / len(linears)
 
@@ -707,7 +763,7 @@ class CudaRunner:
         self, residual: torch.Tensor, added: torch.Tensor | None, token_ids: torch.Tensor, gain: torch.Tensor,
         out: torch.Tensor,
     ) -> None:  # fmt: skip
-        kernels.norm_kernel[(len(residual),)](
+        self._kernels.norm_kernel[(len(residual),)](
             residual, added if added is not None else residual, self._embeddings, token_ids, gain, out, len(residual),
             self._eps, H=self._hidden_size, BLOCK=_power_of_2(self._hidden_size), SPLITS=int(added is not None),
             EMBED=added is None, ORDER=PLAIN, PDL=False, num_warps=8,
@@ -717,7 +773,7 @@ class CudaRunner:
         self, layer: _Layer, q: torch.Tensor, table: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
         block = 64 if self._head_dim > 128 else 128
-        kernels.prefill_attention_kernel[(-(-len(q) // block), self._num_heads)](
+        self._kernels.prefill_attention_kernel[(-(-len(q) // block), self._num_heads)](
             q, layer.kv, table, out, len(q), position, layer.kv[0].numel(), self._softmax_factor, NH=self._num_heads,
             NKV=self._num_kv_heads, HD=self._head_dim, PAGE=self._page_tokens, BQ=block, BLOCK=64,
             num_warps=8 if block == 128 else 4, num_stages=3,
@@ -760,7 +816,7 @@ class CudaRunner:
                     half += linear.bias[first:last]
                 if lora is not None:
                     self._add_lora(half, x, lora, part, first, last)
-            kernels.silu_kernel[(num_rows, -(-(end - start) // 1024))](
+            self._kernels.silu_kernel[(num_rows, -(-(end - start) // 1024))](
                 gate_up, out[:, start:], inner, INNER=end - start, BLOCK=1024
             )
 
@@ -777,10 +833,10 @@ class CudaRunner:
         out = self._scratch[: num_rows * num_inputs].view(num_rows, num_inputs)
         weight, scale = linear.weight[start:end], linear.scale[start:end]
         if linear.kind == INT8:
-            kernels.dequantize_int8_kernel[(num_rows,)](weight, scale, out, K=num_inputs, BLOCK=4096, num_warps=8)
+            self._kernels.dequantize_int8_kernel[(num_rows,)](weight, scale, out, K=num_inputs, BLOCK=4096, num_warps=8)
         else:
             num_bytes = weight.numel()
-            kernels.dequantize_nf4_kernel[(-(-num_bytes // 2048),)](
+            self._kernels.dequantize_nf4_kernel[(-(-num_bytes // 2048),)](
                 weight, scale, self._values, out, num_bytes, BLOCK=2048, num_warps=8
             )
         return out
@@ -799,7 +855,7 @@ class CudaRunner:
         if weights is None:
             self._lora_is_on = False
             return
-        rank = max(16, _power_of_2(max(pair.a.shape[0] for pair in weights.values())))
+        rank = _padded_rank(max(pair.a.shape[0] for pair in weights.values()))
         if rank > self._lora_rank:
             self._make_lora_buffers(rank)
         left = dict(weights)
@@ -842,10 +898,12 @@ def _groups(layer: nn.Module) -> Iterator[list[nn.Module]]:
         yield [layer.get_submodule(name) for name in names]
 
 
-def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
+def _read_layer(layer: Any, dtype: torch.dtype, device: torch.device) -> _Layer:
     names, groups = ("qkv", "o", "gate_up", "down"), list(_groups(layer))
-    arena = Arena([module for group in groups for module in group])
-    qkv, o, gate_up, down = (fuse(name, modules, dtype, arena) for name, modules in zip(names, groups, strict=True))
+    arena = None if device.type == "meta" else Arena([module for group in groups for module in group])
+    qkv, o, gate_up, down = (
+        fuse(name, modules, dtype, device, arena) for name, modules in zip(names, groups, strict=True)
+    )
     norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
     input_norm, post_norm = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
@@ -853,8 +911,22 @@ def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
     return _Layer(qkv, o, gate_up, down, input_norm, post_norm, q_norm, k_norm, no_kv)
 
 
+def _different_layers(model: Any) -> list[Any]:
+    """One decoder layer of each make; twice, since the first one starts from the embeddings."""
+    made: dict[Any, Any] = {}
+    for layer in model.model.layers:
+        bases = [base_of(module) for group in _groups(layer) for module in group]
+        make = tuple((kind_of(one), tuple(one.weight.shape), getattr(one, "bias", None) is None) for one in bases)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        made.setdefault((make, getattr(layer.self_attn, "q_norm", None) is None), layer)
+    return list(made.values()) * 2
+
+
 def _rotary_table(model: Any, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables of cos and sin by the model's own rotary module, fp32 `[num_positions, head_dim // 2]`."""
+    if device.type == "meta":
+        half = _head_dim(model.config.get_text_config()) // 2
+        empty = torch.empty((num_positions, half), dtype=torch.float32, device=device)
+        return empty, empty
     positions = torch.arange(num_positions, device=device)[None]
     cos, sin = model.model.rotary_emb(torch.zeros(1, device=device), positions)
     half = cos.shape[-1] // 2
@@ -881,11 +953,8 @@ def _tile_rows(linear: FusedLinear, width: int) -> int:
     return 8 if linear.kind == NF4 and width <= 8 else max(16, width)
 
 
-def _start(launch: _Launch) -> None:
-    grid, arguments, options = launch
-    if options["KIND"] == NF4 and options["ASM"]:
-        allow_shared_memory(kernels.linear_kernel.warmup(*arguments, grid=grid, **options))
-    kernels.linear_kernel[grid](*arguments, **options)
+def _padded_rank(rank: int) -> int:
+    return max(16, _power_of_2(rank))
 
 
 def _lora_splits(linear: FusedLinear) -> int:

@@ -121,13 +121,16 @@ class Arena:
         return torch.cat(list(tensors), out=out)
 
 
-def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype, arena: Arena | None = None) -> FusedLinear:
+def fuse(
+    name: str, modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device, arena: Arena | None = None
+) -> FusedLinear:
     """Put layers of the same input behind one another; their parameters become views of the result.
 
     Args:
         name: What it is tuned as.
         modules: Layers of one kind and one input length.
         dtype: Of activations.
+        device: Theirs; or meta for shapes alone, which leaves the layers as they are.
         arena: Where their weights go; without it a single layer's stay where they are.
 
     Returns:
@@ -138,20 +141,19 @@ def fuse(name: str, modules: Sequence[nn.Module], dtype: torch.dtype, arena: Are
     assert kind is not None and all(kind_of(layer) == kind for layer in layers), "layers of one kind are fused"
     sizes = tuple(int(layer.out_features) for layer in layers)  # pyright: ignore[reportArgumentType]
     num_inputs = int(layers[0].in_features)  # pyright: ignore[reportArgumentType]
-    weights, scales = zip(*(_parts(layer, kind) for layer in layers), strict=True)
+    weights, scales = zip(*(_parts(layer, kind, device) for layer in layers), strict=True)
     weight = _joined(weights) if arena is None else arena.joined(weights)
     scale = None if scales[0] is None else _joined(scales)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    if len(layers) > 1 or arena is not None:
+    if (len(layers) > 1 or arena is not None) and device.type != "meta":
         for layer, start, size in zip(layers, starts, sizes, strict=True):
             _point(layer, kind, weight[start : start + size], None if scale is None else scale[start : start + size])
     biases = [getattr(layer, "bias", None) for layer in layers]
     bias = None
     if any(one is not None for one in biases):
         like = next(one for one in biases if one is not None)
-        bias = torch.cat(
-            [one.data if one is not None else like.new_zeros(size) for one, size in zip(biases, sizes, strict=True)]
-        )
+        each = [one.data if one is not None else like.new_zeros(size) for one, size in zip(biases, sizes, strict=True)]
+        bias = torch.cat([one.to(device) for one in each])
     row_scale = packed_scale = None
     if kind == NF4 and scale is not None:
         row_scale = scale.amax(1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -174,13 +176,13 @@ def _weight_of(layer: Any) -> torch.Tensor:
     return _int8_state(layer)[0] if kind_of(layer) == INT8 else layer.weight.data
 
 
-def _parts(layer: Any, kind: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parts(layer: Any, kind: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     if kind == PLAIN:
-        return layer.weight.data, None
+        return layer.weight.data.to(device), None
     if kind == INT8:
         values, scale = _int8_state(layer)
         assert scale is not None
-        return values, scale.float().reshape(-1)
+        return values.to(device), scale.to(device).float().reshape(-1)
     state = layer.weight.quant_state
     rows, num_inputs = state.shape
     absmax = state.absmax
@@ -188,7 +190,7 @@ def _parts(layer: Any, kind: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         from bitsandbytes.functional import dequantize_blockwise  # pyright: ignore[reportMissingImports]
 
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    return layer.weight.data.reshape(rows, num_inputs // 2), absmax.float().reshape(rows, -1)
+    return layer.weight.data.to(device).reshape(rows, num_inputs // 2), absmax.to(device).float().reshape(rows, -1)
 
 
 def _point(layer: Any, kind: int, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
