@@ -180,7 +180,11 @@ class CudaRunner:
         patterns = values.to(self._dtype).view(torch.int16).tolist()
         self._table = torch.tensor(kernels.nf4_table(patterns), dtype=torch.int32, device=self.device)
         needs_scratch = any(linear.kind != PLAIN for layer in self._layers for linear in layer.linears)
-        num_widened = self._inner_size * self._hidden_size // 2 if needs_scratch else 0
+        num_widened = max(
+            linear.num_outputs * linear.num_inputs // (2 if linear.name == "gate_up" else 1)
+            for linear in self._layers[0].linears
+        )
+        num_widened = num_widened if needs_scratch else 0
         num_parts = rows * self._num_heads * self._max_segments * self._head_dim
         shared = new(max(num_parts * 4, num_widened * 2), dtype=torch.uint8)
         self._parts = shared[: num_parts * 4].view(fp32)  # narrow steps
@@ -781,17 +785,8 @@ class CudaRunner:
 
     def _multiply(self, linear: FusedLinear, x: torch.Tensor, lora: _Lora | None) -> torch.Tensor:
         """`[num_rows, num_outputs]`, 16 bit."""
-        y = torch.empty((len(x), linear.num_outputs), dtype=x.dtype, device=x.device)
-        num_cols = linear.num_outputs
-        if linear.kind != PLAIN:
-            num_cols = min(num_cols, self._scratch.numel() // linear.num_inputs)
-        for first in range(0, linear.num_outputs, num_cols):
-            last = min(first + num_cols, linear.num_outputs)
-            weight, out = self._widened(linear, first, last), y[:, first:last]
-            if linear.bias is None:
-                torch.mm(x, weight.T, out=out)
-            else:
-                torch.addmm(linear.bias[first:last], x, weight.T, out=out)
+        weight = self._widened(linear, 0, linear.num_outputs)
+        y = x @ weight.T if linear.bias is None else torch.addmm(linear.bias, x, weight.T)
         if lora is not None:
             start = 0
             for part, size in enumerate(linear.sizes):
