@@ -39,12 +39,13 @@ def main() -> None:
     parser.add_argument("--edits", type=int, help="of each workload; all without")
     parser.add_argument("--backends", default="planpatch", help="generate takes a minute an edit in 8 bit")
     parser.add_argument("--generate-edits", type=int, default=1, help="of each workload, for generate")
+    parser.add_argument("--generate-repeats", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     loaded = random_model(qwen3_8b(), given.quantization, torch.float16)
     loaded = replace(loaded, folder=given.tokenizer, name="Qwen3-8B shapes, random weights")
     config = EngineConfig(kv_cache_tokens=given.kv_tokens)
-    sizes = Sizes(num_recordings=given.edits, slow_recordings=given.generate_edits)
+    sizes = Sizes(num_recordings=given.edits, slow_recordings=given.generate_edits, slow_repeats=given.generate_repeats)
     found = measure(loaded, config, read_workload(), sizes, given.backends.split(","), lambda text: print(text))
     facts = {
         "device": torch.cuda.get_device_name(),
