@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from engine.inference.kv_cache import new_kv_cache
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,6 +49,15 @@ class PackedLinear(nn.Linear):
             linear.register_buffer("weight", packed, persistent=False)
         linear.__class__ = cls
 
+    def unpack(self) -> None:
+        """Be a plain layer again, bit for bit the one before."""
+        if "weight" in self._buffers:
+            weight = self.packed.to_dense()
+            del self._buffers["weight"]
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        del self._buffers["packed"]
+        self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         rows = input.reshape(-1, self.in_features)
@@ -69,7 +80,7 @@ def grouped_attention(
         module: transformers' attention layer.
         query: `[batch, num_heads, num_new, head_dim]`.
         key: `[batch, num_kv_heads, num_tokens, head_dim]`.
-        value: The same.
+        value: The same, but for its own `head_dim`.
         attention_mask: From `grouped_mask`, or bool `[batch, 1, num_new, num_tokens]`; None where each new token sees
             all up to itself and there is one, or nothing before them.
         scaling: Factor of the scores; None for the root of `head_dim`.
@@ -91,7 +102,7 @@ def grouped_attention(
         attention_mask = _for_each_of(num_alike, attention_mask)
     rows = query.reshape(num_batch, num_groups, num_alike * num_new, head_dim)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(query.shape).transpose(1, 2), None
+    return out.view(num_batch, num_heads, num_new, value.shape[-1]).transpose(1, 2), None
 
 
 def grouped_mask(config: Any, dtype: torch.dtype, **arguments: Any) -> torch.Tensor | None:
@@ -125,10 +136,36 @@ def _for_each_of(num_alike: int, mask: torch.Tensor) -> torch.Tensor:
 def speed_up(model: PreTrainedModel) -> None:
     """Let a model on a CPU use both, as far as this processor and the model allow; once more changes nothing.
 
+    A model whose logits change, or that no longer runs, is left as it was: its code reads weights, or shapes attention,
+    in a way of its own.
+
     Args:
         model: The model, in eval mode.
     """
+    if model.config._attn_implementation == _ATTENTION or any(type(one) is PackedLinear for one in model.modules()):
+        return
+    try:
+        wanted = _few_logits(model)
+    except Exception as fault:  # the request will say what is wrong with the model
+        log.info("the model was not made faster: %s", _in_one_line(fault))
+        return
+    attention = model.config._attn_implementation
     _group_heads(model)
+    _pack(model)
+    try:
+        found = _few_logits(model)
+        reason = "" if _are_alike(found, wanted) else "its logits changed"
+    except Exception as fault:  # as many kinds as there are models
+        reason = _in_one_line(fault)
+    if reason:
+        log.info("the model was not made faster: %s", reason)
+        model.set_attn_implementation(attention or "sdpa")
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.unpack()
+
+
+def _pack(model: PreTrainedModel) -> None:
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     if not linears:
         return
@@ -138,6 +175,37 @@ def speed_up(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     for linear in linears:
         PackedLinear.pack(linear, keep_weight=linear is head)
+
+
+def _few_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits `[3, vocab_size]` of a beginning, of tokens after it, and of one more: each kind of step once."""
+    kv_cache, found = new_kv_cache(model.config), list[torch.Tensor]()
+    with torch.inference_mode():
+        for token_ids in ([1, 2, 3, 4], [5, 6, 7], [8]):
+            output: Any = model(input_ids=torch.tensor([token_ids]), past_key_values=kv_cache, use_cache=True)
+            found.append(output.logits[0, -1].float())
+    return torch.stack(found)
+
+
+def _are_alike(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Within what another order of summing changes in bf16."""
+    return bool((found - wanted).abs().max() <= 0.05 * wanted.abs().max())
+
+
+def _in_one_line(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+
+
+def shares_steps(model: PreTrainedModel) -> bool:
+    """Whether sequences of several lengths may be rows of one step: what `DecodeBatch` masks has to reach attention.
+
+    Attention written out adds a mask to the scores, and ALiBi makes its biases from one; both take no mask of rows.
+
+    Args:
+        model: The model.
+    """
+    config = model.config.get_text_config()
+    return model.config._attn_implementation in ("sdpa", _ATTENTION) and not getattr(config, "alibi", False)
 
 
 def _group_heads(model: PreTrainedModel) -> None:
@@ -163,5 +231,5 @@ def _why_not_packed(linear: nn.Linear) -> str:
         if torch.allclose(part(rows), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
             return ""
     except (RuntimeError, AttributeError) as fault:
-        return f"oneDNN does not take them: {' '.join(str(fault).split())[:200]}"
+        return f"oneDNN does not take them: {_in_one_line(fault)}"
     return "oneDNN multiplies them wrong"

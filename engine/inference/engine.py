@@ -67,7 +67,7 @@ class EngineConfig:
         max_rows_gpu: The same on a GPU.
         max_draft_tokens: Most tokens drafted for one step of a request; 0 for no speculation.
         kv_cache_tokens: Tokens that the fast path's KV cache holds; 0 for what memory has room for.
-        fast_path: Whether our own kernels run the model where they can.
+        fast_path: Whether our own kernels run a model on a GPU where they can.
         serve_while_compiling: Whether transformers runs it until they are compiled; else the engine is ready later.
         tuning_path: File of the fast path's measured tile sizes; None for sizes by rule.
     """
@@ -271,7 +271,7 @@ class InProcessEngine:
             self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request at the next step; unknown or ended ids are ignored."""
+        """Stop a request at the next step; of one that has ended the events are dropped, unknown ids are ignored."""
         with self._changed:
             sequence = self._sequences.get(request_id)
             if sequence is None:
@@ -449,7 +449,7 @@ class InProcessEngine:
         self._runner.abandon()
         self._prefix_cache.clear()
         with self._changed:
-            running = [sequence for sequence in list(self._sequences.values()) if sequence.kv_cache is not None]
+            running = [sequence for sequence in self._sequences.values() if sequence.kv_cache is not None]
         for sequence in running:
             self._give_up_cache(sequence)
         torch.cuda.empty_cache()
@@ -832,18 +832,25 @@ class InProcessEngine:
             sequence.events.put(error)
 
     def _refuse_or_fail(self, sequences: list[_Sequence], fault: Exception) -> None:
-        """Out of memory ends the requests of the step, and those whose keys and values it left in the batch.
-
-        Any other fault of the device is sticky and ends the engine.
+        """What a GPU has no memory for, or a model on a CPU cannot do, ends the requests of the step, and those whose
+        keys and values it left in the batch. Any other fault of a GPU is sticky and ends the engine.
         """
         import torch
 
-        if not isinstance(fault, torch.OutOfMemoryError):
+        assert self._loaded is not None
+        on_cpu = self._loaded.device.type == "cpu"
+        if not on_cpu and not isinstance(fault, torch.OutOfMemoryError):
             raise fault
         lost = [id(kv_cache) for kv_cache in self._runner.abandon()]
         others = [sequence for sequence in list(self._sequences.values()) if id(sequence.kv_cache) in lost]
         sequences = list({sequence.id: sequence for sequence in (*sequences, *others)}.values())
         self._prefix_cache.clear()
+        if on_cpu:
+            log.error("the model failed", exc_info=fault)
+            message = f"{self._loaded.name} failed: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+            return self._refuse(
+                sequences, EngineError(message, hint="Choose another model; planpatch models lists some.")
+            )
         torch.cuda.empty_cache()
         message = f"Out of memory on {self._status.device}"
         self._refuse(sequences, EngineError(message, hint="Select a smaller function."))

@@ -164,8 +164,11 @@ class ForwardCache(DynamicCache):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens it holds."""
-        return self.get_seq_length()
+        """How many tokens it holds; 0 where only a state is kept."""
+        try:
+            return self.get_seq_length()
+        except ValueError:  # no layer has attention
+            return 0
 
     def truncate(self, num_tokens: int) -> None:
         """It cannot."""
@@ -190,10 +193,23 @@ def new_kv_cache(config: PretrainedConfig) -> KVCache | ForwardCache:
     """
     text_config = config.get_text_config(decoder=True)
     stock = ForwardCache(config=text_config)
+    if turns_with_length(config):
+        return stock
     num_layers = int(text_config.num_hidden_layers)
     if len(stock.layers) in (0, num_layers) and all(type(layer) is DynamicLayer for layer in stock.layers):
         return KVCache.empty(num_layers)
     return stock
+
+
+def turns_with_length(config: PretrainedConfig) -> bool:
+    """Whether keys are rotated by how long the text is when they are made: then a prompt is one step, and none is kept.
+
+    Args:
+        config: The model's configuration.
+    """
+    text_config = config.get_text_config(decoder=True)
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    return rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic")
 
 
 @dataclass(slots=True)

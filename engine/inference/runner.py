@@ -15,7 +15,8 @@ import torch
 
 from engine.inference.adapters import AdapterFiles, AdapterSwitch
 from engine.inference.batch import DecodeBatch
-from engine.inference.kv_cache import KVCache, SequenceCache, new_kv_cache
+from engine.inference.cpu import shares_steps, speed_up
+from engine.inference.kv_cache import KVCache, SequenceCache, new_kv_cache, turns_with_length
 from engine.inference.loading import LoadedModel
 
 if TYPE_CHECKING:
@@ -141,6 +142,10 @@ class ReferenceRunner:
         on_gpu = loaded.device.type != "cpu"
         self.chunk_tokens = config.prefill_chunk_tokens_gpu if on_gpu else config.prefill_chunk_tokens
         self.max_rows = config.max_rows_gpu if on_gpu else config.max_rows
+        if turns_with_length(loaded.model.config):
+            self.chunk_tokens = loaded.context_length
+        if not shares_steps(loaded.model):
+            self.max_rows = 1
         self._loaded = loaded
         self._max_draft_tokens = config.max_draft_tokens
         self._switch = AdapterSwitch(loaded.model)
@@ -166,8 +171,8 @@ class ReferenceRunner:
         (row,) = rows
         self.settle()
         if not row.num_logits:
-            hidden = self._forward(self._loaded.model.base_model, row).last_hidden_state
-            return [hidden.new_empty((0, self._loaded.vocab_size))]
+            self._forward(self._loaded.model.base_model, row)
+            return [torch.empty((0, self._loaded.vocab_size))]
         # by index, not as a slice: torch multiplies a slice of longer rows by a copy of the whole head
         wanted = torch.arange(len(row.token_ids) - row.num_logits, len(row.token_ids), device=self._loaded.device)
         return [self._forward(self._loaded.model, row, logits_to_keep=wanted).logits[0]]
@@ -175,8 +180,9 @@ class ReferenceRunner:
     def hidden_sum(self, kv_cache: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
         """See `Runner`."""
         self.settle()
-        output = self._forward(self._loaded.model.base_model, Row(kv_cache, token_ids, 0))
-        return output.last_hidden_state[0].float().sum(0)
+        output = self._forward(self._loaded.model.base_model, Row(kv_cache, token_ids, 0), output_hidden_states=True)
+        hidden = getattr(output, "last_hidden_state", None)
+        return (output.hidden_states[-1] if hidden is None else hidden)[0].float().sum(0)
 
     def settle(self, kv_cache: SequenceCache | None = None) -> None:
         """See `Runner`."""
@@ -255,9 +261,7 @@ def make_runner(loaded: LoadedModel, config: EngineConfig, say: Callable[[str], 
         Its runner.
     """
     if not _runs_fast(loaded, config):
-        if loaded.device.type == "cpu" and config.fast_path:
-            from engine.inference.cpu import speed_up
-
+        if loaded.device.type == "cpu":
             speed_up(loaded.model)
         return ReferenceRunner(loaded, config)
     from engine.inference.cuda.rows import FusedRunner

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.errors import ContextLengthError, EngineError, ModelError, PlanPatchError, UsageError
 from engine.inference.engine import _SLACK_TOKENS, EngineConfig, InProcessEngine
@@ -447,6 +448,7 @@ def test_a_device_that_fails_ends_the_engine_and_every_request_with_a_typed_erro
     engine.wait_until_ready()
     running = engine.stream(engine.submit(request(engine, max_new_tokens=2000)))
     next(running)
+    engine._loaded = replace(loaded, device=torch.device("cuda"))
     engine._runner._loaded = replace(loaded, model=None)  # type: ignore  # what a lost device looks like from here
     with pytest.raises(PlanPatchError, match="The engine failed"):
         list(running)
@@ -454,6 +456,18 @@ def test_a_device_that_fails_ends_the_engine_and_every_request_with_a_typed_erro
         engine.submit(request(engine))
     assert engine.status().state == "failed"
     engine.close()
+
+
+def test_a_model_that_fails_on_a_cpu_fails_its_requests_and_the_engine_goes_on(loaded: LoadedModel) -> None:
+    with engine_of(loaded) as engine:
+        engine.wait_until_ready()
+        alone = complete(engine, request(engine))
+        engine._runner._loaded = replace(loaded, model=None)  # type: ignore  # code of a model that does not work
+        with pytest.raises(EngineError, match=r"0\.5b failed: AttributeError"):
+            complete(engine, request(engine, "Something else."))
+        engine._runner._loaded = loaded  # type: ignore
+        assert complete(engine, request(engine)).token_ids == alone.token_ids
+        assert engine.status().state == "ready"
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,23 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV2Config,
     Gemma2Config,
+    GPTJConfig,
+    JambaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from engine.inference.batch import DecodeBatch
-from engine.inference.cpu import PackedLinear, speed_up
+from engine.inference.cpu import PackedLinear, shares_steps, speed_up
 from engine.inference.head import make_leading_logits_exact
-from engine.inference.kv_cache import KVCache, new_kv_cache
+from engine.inference.kv_cache import KVCache, new_kv_cache, turns_with_length
 
 pytestmark = pytest.mark.unit
 
@@ -38,6 +43,21 @@ CONFIGS = {
     "norms": Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=32),
     "one head a group": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, attention_bias=True),
     "window": MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8),
+    "values of another size": DeepseekV2Config(
+        **SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    ),
     "eager attention": Gemma2Config(
         **SIZES,
         num_attention_heads=4,
@@ -71,7 +91,7 @@ def test_prefill_chunks_drafts_and_single_tokens_give_the_plain_logits(name: str
     plain, fast = make(CONFIGS[name]), make(CONFIGS[name])
     speed_up(fast)
     speed_up(fast)  # once more changes nothing
-    assert isinstance(fast.model.layers[0].mlp.up_proj, PackedLinear)
+    assert any(type(module) is PackedLinear for module in fast.modules())
     for mine, wanted in zip(logits_of(fast, CHUNKS), logits_of(plain, CHUNKS), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
 
@@ -155,3 +175,40 @@ def test_a_packed_layer_takes_any_number_of_rows(dtype: torch.dtype) -> None:
     PackedLinear.pack(linear, keep_weight=False)
     for one, want in zip(rows, wanted, strict=True):
         torch.testing.assert_close(linear(one), want, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_whose_own_code_reads_a_weight_is_left_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    config = JambaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, num_experts=2, use_mamba_kernels=False,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8,
+    )  # fmt: skip
+    caplog.set_level(logging.INFO, "planpatch.engine")
+    plain, model = make(config), make(config)
+    speed_up(model)
+    assert "the model was not made faster" in caplog.text
+    assert all(type(module) is not PackedLinear for module in model.modules())
+    weights = dict(plain.state_dict())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for mine, wanted in zip(logits_of(model, CHUNKS[:2]), logits_of(plain, CHUNKS[:2]), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def test_only_models_whose_attention_takes_a_mask_of_rows_share_steps() -> None:
+    assert all(shares_steps(make(CONFIGS[name])) for name in ("grouped", "norms", "window"))
+    for config in (
+        CONFIGS["eager attention"],
+        BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4),
+        GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=512),
+    ):
+        assert not shares_steps(make(config))
+
+
+def test_keys_that_depend_on_the_text_s_length_are_made_in_one_step_and_not_kept() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 90
+    config = Phi3Config(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, rope_parameters=rope,
+        original_max_position_embeddings=90,
+    )  # fmt: skip
+    assert turns_with_length(config) and not new_kv_cache(config).can_go_back
+    assert not turns_with_length(CONFIGS["grouped"]) and new_kv_cache(CONFIGS["grouped"]).can_go_back
