@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -408,6 +409,8 @@ def measure_widths(
     with torch.inference_mode():
         first = runner.new_kv_cache()
         runner.run([Row(first, [100 + place % 1000 for place in range(CONTEXT_TOKENS)], 1)])
+        if not first.can_go_back:
+            return {}, {}
         for width in sizes.widths:
 
             def step(width: int = width) -> None:
@@ -417,8 +420,8 @@ def measure_widths(
             if runner.most_drafts(1) >= width - 1:
                 drafts[str(width)] = median_ms(step, loaded.device, sizes.num_repeats)
         for width in sizes.widths:
-            if not runner.has_room([(runner.new_kv_cache(), 128)] * width):  # a page of its own each, and drafts
-                break
+            if width > runner.max_rows or not runner.has_room([(runner.new_kv_cache(), 128)] * width):
+                break  # a page of its own each, and drafts
             caches = [first.copy_prefix(CONTEXT_TOKENS) for _ in range(width)]
 
             def step_all(caches: Sequence[Any] = caches) -> None:
@@ -490,7 +493,8 @@ def step_bytes(loaded: LoadedModel, num_tokens: int) -> int:
     model: Any = loaded.model
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * num_kv_heads * head_dim * model.dtype.itemsize
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
     return int(model.get_memory_footprint()) - unread + num_tokens * per_token
@@ -531,13 +535,15 @@ def _peak_memory_gb(device: torch.device) -> float:
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
-def measure_llama_cpp(program: Path, gguf: Path, workload: Workload, num_threads: int, *, on_gpu: bool) -> Figures:
+def measure_llama_cpp(
+    program: Path, gguf: Path, edits: Sequence[Recording], num_threads: int, *, on_gpu: bool
+) -> Figures:
     """Run `llama-bench` and reckon PLAN and PATCH from its rates.
 
     Args:
         program: The `llama-bench` of a build.
         gguf: The model's file.
-        workload: For the length of answers.
+        edits: Those that the other backends replay, for the length of answers.
         num_threads: Threads on CPU.
         on_gpu: Whether all layers go to the GPU.
 
@@ -562,7 +568,7 @@ def measure_llama_cpp(program: Path, gguf: Path, workload: Workload, num_threads
                 f"{program} failed: {reason}", hint="Give the llama-bench of a recent build."
             ) from None
     prefill_rate, decode_rate = rates
-    lengths = [len(one.answer) for one in workload.recordings]
+    lengths = [len(one.answer) for one in edits]
     prefill_s = CONTEXT_TOKENS / prefill_rate
     return Figures(
         prefill_ms=1000 * prefill_s,
@@ -617,6 +623,7 @@ def bench_engine(
     """
     import torch
 
+    _check_files(llama_cpp, gguf)
     ref = session.model_ref()
     local = session.local_model(ref, lambda step: console.say(step.message))
     session.check_memory(ref)
@@ -632,10 +639,12 @@ def bench_engine(
     sizes = Sizes() if on_gpu else CPU_SIZES
     if num_edits is not None:
         sizes = replace(sizes, num_recordings=num_edits, slow_recordings=num_edits)
-    found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say)
-    if llama_cpp is not None and gguf is not None:
+    beside: dict[str, Figures] = {}
+    if llama_cpp is not None and gguf is not None:  # first: it is soon done, and may fail
         console.say("llama.cpp")
-        found["llama.cpp"] = measure_llama_cpp(llama_cpp, gguf, workload, torch.get_num_threads(), on_gpu=on_gpu)
+        edits = [one for name in WORKLOADS for one in workload.of(name, sizes.num_recordings)]
+        beside["llama.cpp"] = measure_llama_cpp(llama_cpp, gguf, edits, torch.get_num_threads(), on_gpu=on_gpu)
+    found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say) | beside
     device = torch.cuda.get_device_name(loaded.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     facts = {
         "device": device,
@@ -649,6 +658,14 @@ def bench_engine(
     if not as_json:
         _print_table(facts, found)
     print(json.dumps(facts), flush=True)
+
+
+def _check_files(llama_cpp: Path | None, gguf: Path | None) -> None:
+    """Before minutes are spent on measuring the rest."""
+    if llama_cpp is not None and not os.access(llama_cpp, os.X_OK):
+        raise UsageError(f"{llama_cpp} is no program", hint="Give the llama-bench of a build of llama.cpp.")
+    if gguf is not None and not gguf.is_file():
+        raise UsageError(f"{gguf} is no file", hint="Give the model's GGUF file.")
 
 
 def _print_table(facts: Mapping[str, Any], found: Mapping[str, Figures]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 from engine.errors import PathError, UsageError
 
 WorkloadName = Literal["answers", "references"]
+_LEAST_TOKENS = 2000  # of prompts, from which others are made
 DEFAULT_FILE = Path(__file__).parent / "bench_workload.jsonl.gz"
 
 
@@ -87,11 +88,20 @@ def read_workload(path: Path = DEFAULT_FILE) -> Workload:
     try:
         lines = gzip.decompress(packed).decode("utf-8").splitlines()
         head, *rows = [cast("dict[str, Any]", json.loads(line)) for line in lines]
-        recordings = tuple(
-            Recording(row["id"], row["workload"], tuple(row["prompt"]), tuple(row["answer"])) for row in rows
-        )
+        recordings = tuple(_recording(row) for row in rows)
+        if sum(len(one.prompt) for one in recordings if one.workload == "references") < _LEAST_TOKENS:
+            raise ValueError(f"the prompts of its references have fewer than {_LEAST_TOKENS} tokens")
         return Workload(recordings, head["left_out"], head["made_with"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise UsageError(
             f"{path} is no recorded workload: {error}", hint="benchmarks/record_workload.py makes one."
         ) from None
+
+
+def _recording(row: dict[str, Any]) -> Recording:
+    if row["workload"] not in ("answers", "references"):
+        raise ValueError(f"{row['workload']!r} is no workload")
+    prompt, answer = tuple(row["prompt"]), tuple(row["answer"])
+    if not (prompt and answer and all(type(token_id) is int and token_id >= 0 for token_id in (*prompt, *answer))):
+        raise ValueError(f"{row['id']}: prompt and answer are lists of token ids")
+    return Recording(row["id"], row["workload"], prompt, answer)

@@ -341,6 +341,8 @@ def engine(
     wanted = [name.strip() for name in backends.split(",") if name.strip()]
     if unknown := set(wanted) - {"planpatch", "generate", "generate_lookup"}:
         raise UsageError(f"There is no backend {min(unknown)!r}", hint="planpatch, generate or generate_lookup.")
+    if not wanted and llama_cpp is None:
+        raise UsageError("--backends names nothing to measure", hint="planpatch, generate or generate_lookup.")
     recorded = read_workload(workload or DEFAULT_FILE)
     session = open_session({"model": model, "device": device, "quantization": quantization}, None, as_json)
     bench_engine(session, recorded, wanted, edits, llama_cpp, gguf, as_json=as_json)

@@ -34,6 +34,19 @@ def test_some_of_a_workload_are_spread_over_all_of_it() -> None:
     assert [one.id for one in workload.of("answers")] == ["x"]
 
 
+def workload_file(**changes: object) -> bytes:
+    """With one row that has something else than it should; without changes there is no row."""
+    row = {"id": "a", "workload": "references", "prompt": [1] * 3000, "answer": [1], **changes}
+    lines = ['{"left_out": {}, "made_with": {}}', *([json.dumps(row)] if changes else [])]
+    return gzip.compress("\n".join(lines).encode())
+
+
+def test_a_file_with_enough_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "w.jsonl.gz"
+    file.write_bytes(workload_file(id="b"))
+    assert [one.id for one in read_workload(file).recordings] == ["b"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -42,6 +55,13 @@ def test_some_of_a_workload_are_spread_over_all_of_it() -> None:
         gzip.compress(b"[]\n"),
         gzip.compress(b'{"left_out": {}, "made_with": {}}\n{"id": 1}\n'),
         gzip.compress(b'{"left_out": {}}\n')[:-9],
+        workload_file(),
+        workload_file(prompt=7),
+        workload_file(prompt=["1"] * 3000),
+        workload_file(answer=[]),
+        workload_file(answer=[-1]),
+        workload_file(workload="others"),
+        workload_file(prompt=[1] * 20),
     ],
 )
 def test_another_file_is_named(tmp_path: Path, content: bytes) -> None:
@@ -66,7 +86,7 @@ WORKLOAD = Workload((Recording("a", "references", (1,), tuple(range(101))),), {}
 @pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
 def test_llama_bench_s_rates_become_times(tmp_path: Path) -> None:
     rate = "import json, sys; print(json.dumps([{'avg_ts': 90.0 if '900' in sys.argv[4] else 10.0}]))"
-    figures = measure_llama_cpp(llama_bench(tmp_path, rate), tmp_path / "m.gguf", WORKLOAD, 2, on_gpu=False)
+    figures = measure_llama_cpp(llama_bench(tmp_path, rate), tmp_path / "m.gguf", WORKLOAD.recordings, 2, on_gpu=False)
     assert figures.prefill_ms == pytest.approx(10_000)
     assert figures.decode_ms == {"1": pytest.approx(100)}
     assert figures.plan_p50_ms == pytest.approx(10_000 + 1_500)
@@ -78,6 +98,6 @@ def test_llama_bench_s_rates_become_times(tmp_path: Path) -> None:
 def test_a_llama_bench_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
     program = llama_bench(tmp_path, "import sys; sys.exit('no such model')")
     with pytest.raises(EnvironmentFault, match="no such model"):
-        measure_llama_cpp(program, tmp_path / "m.gguf", WORKLOAD, 2, on_gpu=False)
+        measure_llama_cpp(program, tmp_path / "m.gguf", WORKLOAD.recordings, 2, on_gpu=False)
     with pytest.raises(EnvironmentFault, match="failed"):
-        measure_llama_cpp(tmp_path / "none", tmp_path / "m.gguf", WORKLOAD, 2, on_gpu=False)
+        measure_llama_cpp(tmp_path / "none", tmp_path / "m.gguf", WORKLOAD.recordings, 2, on_gpu=False)
