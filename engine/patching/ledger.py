@@ -1,8 +1,8 @@
 """The ledger: every plan, every proposal, and what became of it.
 
 Nothing in it is changed, unless the user asks to forget something. A proposal's state is what its events add up to; a
-roll-back or a change of mind is one more event. The exact text before and after each patch is kept, so that a patch can be taken back, by hunk, after restarts
-and after edits elsewhere in the file.
+roll-back or a change of mind is one more event. The exact text before and after each patch is kept, so that a patch can
+be taken back, by hunk, after restarts and after edits elsewhere in the file.
 
 Writing a file and recording it cannot be one step. So `applying` is recorded first, with the digests of the text before
 and after; whoever opens the ledger next, and finds that nothing was recorded after it, looks at the file and records
@@ -690,8 +690,8 @@ class Ledger:
             What was forgotten.
 
         Raises:
-            LedgerError: Another process holds the ledger or a file of it, or the disk is full. What was not forgotten is
-                forgotten by calling this again.
+            LedgerError: Another process holds the ledger or a file of it, or the disk is full. Calling this again ends
+                what was begun.
         """
         with self._writing_files():
             with self._database.transaction():
@@ -714,20 +714,6 @@ class Ledger:
         sql = """SELECT patch_id, max(seq) AS last FROM events JOIN proposals ON proposals.id = patch_id
             WHERE scope_kind != ? GROUP BY patch_id ORDER BY patch_id"""
         return {row["patch_id"]: row["last"] for row in self._database.rows(sql, (FORGOTTEN,))}
-
-    def standing(self, patch_id: str) -> Standing:
-        """What became of a proposal, its texts unread.
-
-        Args:
-            patch_id: Its whole id.
-
-        Returns:
-            Its standing; that of a new one if there is no such proposal.
-
-        Raises:
-            LedgerError: The ledger cannot be read.
-        """
-        return self._standing(patch_id)
 
     def problems(self) -> list[str]:
         """What a check of the whole ledger finds.

@@ -1,7 +1,7 @@
 """Forgetting: which rows of the ledger a file, a folder or a time means, and what is left of them.
 
-A forgotten row is deleted and put back as a tombstone: id, times, model and the kinds of its events stay, everything that
-was written by a person or a model, and every path, goes.
+A forgotten row is deleted and put back as a tombstone: id, times, model and the kinds of its events stay; what a person
+or a model wrote, and every path, goes.
 
 Not covered: what a proposal for *another* file may quote of this one (an intent that names it), and backups.
 """

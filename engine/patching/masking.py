@@ -340,7 +340,8 @@ def _value_in_prose(text: str, keyword: re.Match[str], kind: str) -> Iterator[Sp
 def _random_runs(text: str) -> Iterator[Span]:
     """In a sentence nothing else looks like a long run of mixed letters and digits; in code much does."""
     for match in _RANDOM_RUN.finditer(text):
-        if all(re.search(some, match[0]) for some in ("[a-z]", "[A-Z]", r"\d")) and _entropy(match[0]) >= 4:
+        is_mixed = all(re.search(some, match[0]) for some in ("[a-z]", "[A-Z]", r"\d"))
+        if is_mixed and _entropy(match[0]) >= 4 and _is_random(match[0]):
             yield match.start(), match.end(), "High Entropy String"
 
 
