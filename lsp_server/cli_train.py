@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -117,6 +117,97 @@ def _show_status(as_json: bool, file: Path | None = None) -> None:
         console.say(f"{count} left out: {reason}")
     if facts.get("opted_out_by"):
         console.say(escape(f"{file} is left out: {facts['opted_out_by']} says so"))
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@train_app.command()
+def dataset(
+    include: Annotated[
+        Literal["unreviewed"] | None,
+        typer.Option("--include", help="Take also edits that nobody reviewed.", show_default=False),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            "--merge",
+            metavar="BASE",
+            help="Put this data set in front; what of it was used is kept as train_from_logs.base.jsonl.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make train_from_logs.jsonl and val_from_logs.jsonl from the journal.
+
+    What is the same or nearly the same is left out, and 10 to 20% is held out in whole repositories or files. Says how
+    many were left out, and why.
+    """
+    from training.dataset import REASONS, Options, build
+    from training.journal_file import JournalFile
+
+    with _opened(as_json) as (session, ledger):
+        made = journal(session, ledger)
+        kept = JournalFile(session.paths.success_logs)
+        opted_out = consent_of(session).opted_out
+        with kept.writing():
+            records = list(kept.records())
+            paths = {record["path"] for record in records if record.get("path")}
+            refused = {path: opted_out(Path(path)) for path in paths}
+            built = build(records, session.paths.training_data, Options(include == "unreviewed", merge), refused)
+    if as_json:
+        console.print_json({"ok": True, "journal": made.to_json(), **built.to_json()})
+        return
+    console.say(f"{built.num_train} to train on, {built.num_val} held out")
+    if built.unit:
+        console.say(f"held out in whole {_PLURAL[built.unit]}, of {built.num_groups}")
+    elif built.num_train:
+        console.say(f"nothing is held out: no choice of the {built.num_groups} files gives 10 to 20%")
+    for reason, names in built.dropped.items():
+        console.say(f"  {len(names)} left out: {REASONS[reason]}")
+    if built.base is not None:
+        _say_mended(built.base.to_json())
+    for path in built.files.values():
+        console.out.print(str(path), markup=False)
+
+
+_PLURAL = {"repository": "repositories", "file": "files"}
+
+
+@train_app.command()
+def sanitize(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Data sets.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Replace files that were written before.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Mend data sets that others made: encoding, line ends, fields that are no text, broken lines, secrets.
+
+    Writes NAME.sanitized.jsonl beside each file, and NAME.broken.jsonl with the lines that could not be used. The file
+    itself stays as it is. Exit code 1: a file has no usable line.
+    """
+    from training.sanitize import mend_file, write_mended
+
+    facts: list[dict[str, Any]] = []
+    for file in files:
+        mended = mend_file(file)
+        written = write_mended(mended, force=force)
+        facts.append({**mended.to_json(), "written": [str(path) for path in written]})
+    if as_json:
+        console.print_json(facts)
+    else:
+        for one in facts:
+            _say_mended(one)
+    if not all(one["usable"] for one in facts):
+        raise typer.Exit(1)
+
+
+def _say_mended(facts: dict[str, Any]) -> None:
+    console.say(escape(f"{facts['file']}: {facts['usable']} usable, {facts['broken']} broken"))
+    for what, count in [*facts["mended"].items(), *facts["broken_because"].items()]:
+        console.say(escape(f"  {count} × {what}"))
+    for path in facts.get("written", ()):
+        console.out.print(path, markup=False)
 
 
 # --- forget ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from engine.patching.patcher import SECOND_CHOICE
 from training.sanitize import Mended, mend_file
 from training.similarity import (
     LEAST_SIMILAR_FUNCTION,
-    Fingerprint,
     NearIndex,
     fingerprint,
     jaccard,
@@ -258,7 +257,7 @@ def _base_lines(
     built.base = mend_file(base)
     if not built.base.rows:
         raise UsageError(f"{base} has no usable line", hint=f"planpatch train sanitize {base} says why.")
-    held_out = [_text_print(line) for line in val]
+    held_out = [_output_print(line) for line in val]
     known = {_digest(str(line["input"]), str(line["output"])) for line in ours}
     lines: list[dict[str, Any]] = []
     for number, row in enumerate(built.base.rows, 1):
@@ -267,7 +266,7 @@ def _base_lines(
         pair = _digest(row["instruction"], row["input"], row["output"])
         if pair in known or _digest(row["input"], row["output"]) in known:
             built.drop("exact_duplicate", name)
-        elif any(_is_near_text(_text_print(line), other) for other in held_out):
+        elif any(jaccard(_output_print(line), other) >= LEAST_SIMILAR_FUNCTION for other in held_out):
             built.drop("in_validation", name)
         else:
             lines.append(line)
@@ -275,12 +274,8 @@ def _base_lines(
     return lines
 
 
-def _text_print(line: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(shingles(tokens_of(str(line["output"]))), shingles(tokens_of(str(line["input"]))))
-
-
-def _is_near_text(one: Fingerprint, other: Fingerprint) -> bool:
-    return jaccard(one.after, other.after) >= LEAST_SIMILAR_FUNCTION
+def _output_print(line: Mapping[str, Any]) -> frozenset[int]:
+    return shingles(tokens_of(str(line["output"])))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ An edit is compared by the tokens of its function after, and by the tokens that 
 not count. Both sets of three tokens in a row must overlap (Jaccard), so two edits of one long function are two edits,
 and the same edit of a copied function is one. Candidates come from MinHash with banding (Broder 1997; Leskovec,
 Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3), and each is then compared exactly: banding may miss a pair
-(at a similarity of 0.8 one in ten million), and never makes one up.
+(at a similarity of 0.8 one in twenty million), and never makes one up.
 
 Not covered: the same edit under other names.
 """

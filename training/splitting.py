@@ -59,7 +59,8 @@ def split(records: Sequence[Placed]) -> Split:
         The split; nothing is held out where no choice of groups gives 10 to 20%.
     """
     groups: dict[str, list[str]] = {}
-    for unit in ("repository", "file"):
+    has_repositories = any(record.repository != record.file for record in records)
+    for unit in ("repository", "file") if has_repositories else ("file",):
         groups = _groups(records, [record.repository if unit == "repository" else record.file for record in records])
         held_out = _chosen(groups)
         if held_out:

@@ -100,8 +100,9 @@ def find_secrets(text: str) -> Iterator[Span]:
             if end > start and not _is_placeholder(text[start:end]) and (kind != "API Key" or _is_random(match[0])):
                 yield start, end, kind
     yield from _private_keys(text)
-    yield from _named_values(text)
-    if not _parses(text):
+    is_code = _parses(text)
+    yield from _named_values(text, is_code=is_code)
+    if not is_code:
         yield from _random_runs(text)
 
 
@@ -292,7 +293,7 @@ _WORD_SIGN = re.compile(r"\b(?:is|to|was|as)\b|=", re.IGNORECASE)
 _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[:.]?|[\d.]+[:.]?|.*[\[\]{}<>|].*")
 
 
-def _named_values(text: str) -> Iterator[Span]:
+def _named_values(text: str, *, is_code: bool) -> Iterator[Span]:
     for keyword in _KEYWORD.finditer(text):
         is_password = keyword["password"] is not None
         kind = "Password" if is_password else "Named Secret"
@@ -304,7 +305,7 @@ def _named_values(text: str) -> Iterator[Span]:
         compared = _COMPARED.search(text, max(0, keyword.start() - 200), keyword.start())
         if compared is not None and _is_secret(compared["value"], keyword[0], is_password=is_password):
             yield compared.start("value"), compared.end("value"), kind
-        yield from _value_in_prose(text, keyword, kind)
+        yield from _value_in_prose(text, keyword, kind, is_code=is_code)
 
 
 def _literals(text: str, match: re.Match[str], name: str, kind: str, *, is_password: bool) -> Iterator[Span]:
@@ -321,18 +322,18 @@ def _literals(text: str, match: re.Match[str], name: str, kind: str, *, is_passw
             yield part.start("value"), part.end("value"), kind
 
 
-def _value_in_prose(text: str, keyword: re.Match[str], kind: str) -> Iterator[Span]:
-    """`the password is S3cret!`: in comments and sentences; in code a value that is an expression is let be."""
+def _value_in_prose(text: str, keyword: re.Match[str], kind: str, *, is_code: bool) -> Iterator[Span]:
+    """`the password is S3cret!`: in comments and sentences; where it may be code a value that is one is let be."""
     match = _IN_PROSE.match(text, keyword.end())
     if match is None:
         return
     value = match["value"].rstrip(".:!?") if match["value"][-1:] in ".:" else match["value"]
     line_start = text.rfind("\n", 0, keyword.start()) + 1
-    in_prose = "#" in text[line_start : keyword.start()] or ("\n" not in text.strip() and not _parses(text))
-    is_said = _WORD_SIGN.search(match["sign"]) is not None or (
-        in_prose and (kind == "Password" or ":" in match["sign"])
-    )
-    may_be_code = not in_prose and _EXPRESSION.fullmatch(value) is not None
+    is_comment = "#" in text[line_start : keyword.start()]
+    is_sentence = not is_code and "\n" not in text.strip()
+    is_named = kind == "Password" or ":" in match["sign"]
+    is_said = _WORD_SIGN.search(match["sign"]) is not None or (is_named and (is_comment or not is_code))
+    may_be_code = not (is_comment or is_sentence) and _EXPRESSION.fullmatch(value) is not None
     if is_said and not may_be_code and _is_random(value, at_least=6) and not _is_placeholder(value):
         yield match.start("value"), match.start("value") + len(value), kind
 
@@ -342,7 +343,8 @@ def _random_runs(text: str) -> Iterator[Span]:
     for match in _RANDOM_RUN.finditer(text):
         is_mixed = all(re.search(some, match[0]) for some in ("[a-z]", "[A-Z]", r"\d"))
         if is_mixed and _entropy(match[0]) >= 4 and _is_random(match[0]):
-            yield match.start(), match.end(), "High Entropy String"
+            is_escape = text[match.start() - 1 : match.start() + 1] in ("\\n", "\\r", "\\t")
+            yield match.start() + is_escape, match.end(), "High Entropy String"
 
 
 def _name_before(text: str, end: int) -> str:

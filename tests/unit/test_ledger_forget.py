@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
+import zlib
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -19,6 +20,14 @@ MARK = "zebra-intent-9"
 
 def _files(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _texts(path: Path) -> list[bytes]:
+    """Every text that the ledger holds, as it was."""
+    connection = sqlite3.connect(path)
+    texts = [zlib.decompress(row[0]) for row in connection.execute("SELECT zlib FROM texts")]
+    connection.close()
+    return texts
 
 
 def _propose(ledger: Ledger, file: Path, mark: str) -> str:
@@ -60,6 +69,8 @@ def test_what_was_forgotten_is_in_no_byte_and_the_rest_is_as_before(tmp_path: Pa
         with pytest.raises(UsageError, match="was forgotten"):
             ledger.get_plan(plan)
         assert b"zebra" not in _files(home)
+        assert zlib.compress(b"zebra-6") not in _files(home)
+        assert [text for text in _texts(ledger.path) if b"zebra" in text] == []
         assert b"horse" in _files(home)
         assert ledger.forget(Forgettable(file=gone)).patch_ids == ()
 
