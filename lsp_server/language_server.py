@@ -217,7 +217,7 @@ class PlanPatchServer(LanguageServer):
         self._bench = Workbench(
             LspEditor(self.protocol, profile),
             self._host,
-            lambda: self._session.ledger(),
+            lambda: self._session.served_ledger(),
             self._session.paths,
             self.settings_of,
             call=self._parsers,

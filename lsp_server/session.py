@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from engine.errors import AdapterError, WriteError
+from engine.errors import AdapterError, PlanPatchError
 from engine.inference.adapters import BASE
 from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
 from engine.inference.engine import EngineConfig, InProcessEngine
@@ -94,16 +95,40 @@ class Session:
             LedgerError: It cannot be read or written.
         """
         ledger = Ledger(self.paths.ledger)
+        if self._is_pruning_due():
+            self._prune_for_today(ledger)
+        return ledger
+
+    def served_ledger(self) -> Ledger:
+        """The ledger of a server, whose clients do not wait while old things are journaled and dropped.
+
+        Raises:
+            LedgerError: It cannot be read or written.
+        """
+        ledger = Ledger(self.paths.ledger)
+        if self._is_pruning_due():
+            threading.Thread(target=self._prune_beside, name="planpatch-retention", daemon=True).start()
+        return ledger
+
+    def _is_pruning_due(self) -> bool:
         mark = self.paths.retention_mark
         is_due = not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S
-        if is_due and self.keep is not None:
-            try:
-                self.prune(ledger)
-            except WriteError as error:  # the journal's: nothing was dropped, and this is no reason not to edit
-                log.warning("the ledger is not pruned: %s", error.message)
-                return ledger
-            write_atomically(mark, b"", expected_sha256=None, private=True)
-        return ledger
+        return is_due and self.keep is not None
+
+    def _prune_beside(self) -> None:
+        try:
+            with Ledger(self.paths.ledger) as ledger:
+                self._prune_for_today(ledger)
+        except PlanPatchError as error:
+            log.warning("the ledger is not pruned: %s", error.message)
+
+    def _prune_for_today(self, ledger: Ledger) -> None:
+        try:
+            self.prune(ledger)
+        except PlanPatchError as error:  # nothing was dropped, and this is no reason not to edit
+            log.warning("the ledger is not pruned: %s", error.message)
+            return
+        write_atomically(self.paths.retention_mark, b"", expected_sha256=None, private=True)
 
     def prune(self, ledger: Ledger, *, days: float | None = None) -> Pruned:
         """Keep what is learnt from, then drop what the retention settings no longer keep; 0 keeps everything.

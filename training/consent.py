@@ -79,7 +79,7 @@ class LogSwitch:
             turns = cast("list[dict[str, Any]]", found["turns"])
             if all(isinstance(turn["at"], str) and isinstance(turn["on"], bool) for turn in turns):
                 return turns
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError, KeyError, TypeError):
             pass

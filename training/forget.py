@@ -170,7 +170,7 @@ def unfinished(places: Places) -> Forgettable | None:
         if name == "before":
             return Forgettable(before=datetime.fromisoformat(value.replace("Z", "+00:00")))
         return Forgettable(file=Path(value)) if name == "file" else Forgettable(folder=Path(value))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, StopIteration, AttributeError, TypeError) as error:
         raise LedgerError(

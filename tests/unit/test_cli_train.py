@@ -228,3 +228,33 @@ def test_no_other_command_loads_training(planpatch: Desk) -> None:
 def test_every_command_has_help(planpatch: Desk, command: str) -> None:
     said = planpatch("train", *command.split(), "--help")
     assert said.code == 0 and "Usage: planpatch train" in said.out
+
+
+def test_a_server_keeps_and_drops_beside_its_work(planpatch: Desk) -> None:
+    import os
+    import threading
+    import time
+
+    from lsp_server.cli_options import open_session
+
+    name = planpatch.keep("m.py")
+    session = open_session({}, None, False)
+    os.utime(session.paths.retention_mark, (0, 0))
+    session.served_ledger().close()
+    for thread in threading.enumerate():
+        if thread.name == "planpatch-retention":
+            thread.join(30)
+    assert time.time() - session.paths.retention_mark.stat().st_mtime < 60
+    assert [file for file in planpatch.holding(name) if "success_logs" in file]
+
+
+def test_a_journal_that_cannot_be_written_stops_retention_and_no_work(planpatch: Desk) -> None:
+    import os
+
+    name = planpatch.keep("m.py")
+    (planpatch.home / "training").write_text("a file in the place of the folder", encoding="utf-8")
+    os.utime(planpatch.home / "ledger.pruned", (0, 0))
+    assert [line["id"] for line in planpatch.json("ledger", "list")] == [name]
+    assert (planpatch.home / "ledger.pruned").stat().st_mtime == 0
+    said = planpatch("train", "log", "status")
+    assert said.code == 3 and "cannot be written" in said.err
