@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
 from engine.patching.ledger import Ledger
 from lsp_server.session import Session
-from lsp_server.settings import opts_out
+from lsp_server.settings import load_settings, opts_out
 
 if TYPE_CHECKING:
     from training.consent import Consent
@@ -41,8 +42,12 @@ def consent_of(session: Session) -> Consent:
     """
     from training.consent import Consent, LogSwitch
 
-    is_allowed = session.settings.training_log or "pyproject.toml" in session.settings.source_of("training_log")
-    return Consent(LogSwitch(session.paths.training / "log.json"), is_allowed, cache(opts_out))
+    settings = session.settings
+    is_a_workspaces = settings.source_of("training_log").partition(": ")[0].endswith("pyproject.toml")
+    is_allowed = settings.training_log or is_a_workspaces  # a workspace speaks for its own files alone
+    users_own, _ = load_settings(env=os.environ, user_toml=session.paths.user_settings)
+    switch = LogSwitch(session.paths.training / "log.json")
+    return Consent(switch, is_allowed and users_own.training_log, cache(opts_out))
 
 
 def journal(session: Session, ledger: Ledger) -> Journaled:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
+import random
+import string
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine.patching.masking import MASK, find_secrets, mask_text, mask_together
+from engine.patching.masking import MASK, mask_text, mask_together
+from engine.patching.secret_rules import find_secrets
 from tests.secret_samples import KINDS, plant
 
 
@@ -85,6 +89,79 @@ def test_code_that_speaks_of_private_keys_is_no_private_key() -> None:
         "BEGIN, END = '-----BEGIN RSA PRIVATE KEY-----', '-----END RSA PRIVATE KEY-----'\n"
     )
     assert mask_text(code) == code
+
+
+# What stands for the secret is @; values are made at random, so that none stands here.
+HAND_WRITTEN = [
+    ('DATABASES = {"default": {"USER": "app", "PASSWORD": "@"}}', "s3cr3t"),
+    ('def f():\n    requests.get(url, auth=("user", "@"))', "p4ssw0rd!"),
+    ('def f():\n    requests.get(url, auth=("user", "@"))', "hunter2"),
+    ('conn = psycopg2.connect("dbname=test user=postgres password=@")', "secret123"),
+    ('conn = "Server=db;User=sa;Password=@;"', "Abc123!"),
+    ("url = 'https://api.example.com/v1?access_token=@&x=1'", "alnum 24"),
+    ("headers = {'Authorization': 'Token @'}", "hex 20"),
+    ("headers = {'X-API-Key': '@'}", "alnum 32"),
+    ("curl -H 'Authorization: Bearer @'", "alnum 32"),
+    ('os.environ["AWS_SECRET_ACCESS_KEY"] = "@"', "base64 30"),
+    ("SECRET_KEY = 'django-insecure-@'", "django"),
+    ("SECRET_KEY = '@'", "django"),
+    ('token = "@"', "550e8400-e29b-41d4-a716-446655440000"),
+    ('password = "@"', "123456"),
+    ('PASSPHRASE = "@"', "correct horse battery staple"),
+    ("db_password = '@'", "p@ss w0rd"),
+    ('SECRET = bytes.fromhex("@")', "hex 16"),
+    ('api_key = base64.b64decode("@")', "base64 24"),
+    ('password = SecretStr("@")', "hunter2"),
+    ('password = os.getenv("DB_PASSWORD", "@")', "hunter22"),
+    ('TOKENS = ["@", "x"]', "alnum 30"),
+    ('TOKENS = ["x", "@"]', "alnum 30"),
+    ('data = "{\\"password\\": \\"@\\"}"', "hunter2"),
+    ('"""Config:\n\n    password: @\n    user: me\n"""', "hunter2"),
+    ('x = 1\n"""\nexport API_TOKEN=@\n"""', "alnum 20"),
+    ('secret = "@"', "JBSWY3DPEHPK3PXP"),
+    ('def login(user="me", password="@"): pass', "swordfish"),
+    ('if password != "@": pass', "swordfish"),
+    ('if "@" == password: pass', "swordfish"),
+    ('self.password = "@"', "swordfish"),
+    ('url = "redis://:@@localhost:6379/0"', "p4ss"),
+    ('url = "amqp://guest:@@localhost"', "gu3st"),
+    ("# the password is @", "swordfish7"),
+    ("# token: @", "alnum 20"),
+    ("The api key is @, use it", "hex 16"),
+    ("Please set the password to @", "hunter2"),
+    ('use password "@" for the login', "swordfish"),
+    ('SLACK = "https://hooks.slack.com/services/TABC123DEF/BABC123DEF/@"', "alnum 24"),
+    ('AUTH_TOKEN = (\n    "a1b2c3d4"\n    "@"\n)', "hex 8"),
+    ("API_KEY: Final = '@'", "alnum 32"),
+    ("config.set('auth', 'token', '@')", "alnum 32"),
+    ("x = dict(api_key='abc', secret='@')", "alnum 32"),
+    ("TWILIO = 'SK@'", "hex 16"),
+    ("npm = 'npm_@'", "alnum 36"),
+    ("gitlab = 'glpat-@'", "alnum 20"),
+    ("k = '-----BEGIN RSA PRIVATE KEY-----\\n@\\nQUJD\\n-----END RSA PRIVATE KEY-----\\n'", "base64 48"),
+    ("k = ['-----BEGIN RSA PRIVATE KEY-----',\n '@']", "base64 48"),
+]
+
+
+def _value(spec: str, rng: random.Random) -> str:
+    kind, _, size = spec.partition(" ")
+    letters = string.ascii_letters + string.digits
+    made = {
+        "hex": lambda: rng.randbytes(int(size)).hex(),
+        "base64": lambda: base64.b64encode(rng.randbytes(int(size))).decode(),
+        "alnum": lambda: "".join(rng.choice(letters) for _ in range(int(size))),
+        "django": lambda: "".join(rng.choice(letters.lower() + "!@#$%^&*(-_=+)") for _ in range(50)),
+    }
+    return made[kind]() if kind in made else spec
+
+
+@pytest.mark.parametrize(("text", "spec"), HAND_WRITTEN)
+def test_other_ways_to_write_a_secret_down_are_found(text: str, spec: str) -> None:
+    rng = random.Random(7)
+    for _ in range(5):
+        secret = _value(spec, rng)
+        masked = mask_together([text.replace("@", secret, 1)])
+        assert masked.is_sound and secret not in masked.texts[0]
 
 
 def test_the_standard_library_has_hardly_any_false_positive(
