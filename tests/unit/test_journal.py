@@ -20,6 +20,7 @@ from lsp_server.log_masking import mask_log
 from lsp_server.settings import opts_out
 from tests.learning import accepted, keep, propose
 from tests.secret_samples import plant
+from tests.unit.test_survival import ANSWER, PATCHED, TEXT, Desk, at_desk
 from training.consent import Consent, LogSwitch
 from training.dataset import Options, build
 from training.journal import Journaled, bring_up_to_date
@@ -216,6 +217,26 @@ def test_a_torn_line_is_removed_and_its_edit_written_again(home: Home) -> None:
         home.update()
         assert home.records() == before
         assert file.read_bytes() == data
+
+
+def test_an_edit_kept_in_an_editor_is_learnt_as_the_editor_asked_for_it(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        desk.type(TEXT.replace("    # one", "    # pp: add one\n    # one"))
+        await desk.bench.patch({"uri": desk.uri, "function": "f"})
+        await desk.rest()
+        assert desk.buffer.text == PATCHED
+        desk.now += 601
+        await desk.bench.labels.tick()
+
+    desk = at_desk(tmp_path, story)
+    journal = JournalFile(tmp_path / "training" / "success_logs")
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        bring_up_to_date(journal, ledger, Consent(LogSwitch(tmp_path / "training" / "log.json")))
+    (record,) = journal.records()
+    assert (record["label"], record["label_reason"]) == ("accepted", "kept for 10 minutes")
+    assert asked(record) == desk.engine.prompts[0] and "pp:" not in asked(record)
+    assert record["is_same_prompt"] and record["is_exact"]
+    assert record["answer"] == f"{ANSWER}```"
 
 
 # --- consent ---------------------------------------------------------------------------------------------------------
