@@ -7,6 +7,7 @@ import base64
 import random
 import string
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,20 @@ def test_other_ways_to_write_a_secret_down_are_found(text: str, spec: str) -> No
         secret = _value(spec, rng)
         masked = mask_together([text.replace("@", secret, 1)])
         assert masked.is_sound and secret not in masked.texts[0]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "password", "password=", 'password = "', '"', "\\", ":", "://a:", "eyJ", " ", "password ", "token: a, ",
+     "-----BEGIN RSA PRIVATE KEY-----\n", "cl_password   ", "sk-", "aws key ", "_", "//a/:_authToken=", "password = ("],
+)  # fmt: skip
+def test_no_text_takes_long(piece: str) -> None:
+    """Expressions that go back over a text again and again took minutes for a line of spaces behind `password`."""
+    text = piece * (20_000 // len(piece))
+    started = time.monotonic()
+    mask_text(f"password{text}")
+    mask_text(text)
+    assert time.monotonic() - started < 20
 
 
 def test_the_standard_library_has_hardly_any_false_positive(
