@@ -563,10 +563,10 @@ class Ledger:
             UsageError: No such proposal, or it was refused, rolled back, or diverged.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state in (*NEVER_OFFERED, State.ROLLED_BACK, State.DIVERGED):
-            raise wrong_state(entry, "cannot be accepted", "Accept a patch that is in the file as it was proposed.")
-        self._append(entry.id, "accepted", {"reason": reason} if reason else {})
+        with self._adding_to(patch_id) as entry:
+            if entry.state in (*NEVER_OFFERED, State.ROLLED_BACK, State.DIVERGED):
+                raise wrong_state(entry, "cannot be accepted", "Accept a patch that is in the file as it was proposed.")
+            self._append(entry.id, "accepted", {"reason": reason} if reason else {})
 
     def reject(self, patch_id: str, *, reason: str = "") -> None:
         """Record that the user rejects a proposal. The file stays as it is: `rollback` takes a patch out.
@@ -579,10 +579,10 @@ class Ledger:
             UsageError: No such proposal, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state in NEVER_OFFERED:
-            raise wrong_state(entry, "cannot be rejected", "It was never offered.")
-        self._append(entry.id, "rejected", {"reason": reason} if reason else {})
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, "cannot be rejected", "It was never offered.")
+            self._append(entry.id, "rejected", {"reason": reason} if reason else {})
 
     def label(
         self, patch_id: str, label: Literal["accepted", "rejected"], *, reason: str, final_text: bytes | None = None
@@ -599,10 +599,9 @@ class Ledger:
             UsageError: No such proposal, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state in NEVER_OFFERED:
-            raise wrong_state(entry, "cannot be labelled", "It was never offered.")
-        with self._database.transaction():
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, "cannot be labelled", "It was never offered.")
             text = None if final_text is None else self._database.put_text(final_text)
             self._append(entry.id, "label", {"label": label, "reason": reason}, text)
 
@@ -626,13 +625,13 @@ class Ledger:
             UsageError: No such proposal or hunks, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state in NEVER_OFFERED:
-            raise wrong_state(entry, f"cannot be {kind}", "It was never offered.")
-        if hunks is None and kind in ("rolled_back", "redone"):
-            hunks = entry.standing.hunks or None
-        facts = {"via": "editor", "hunks": list(chosen_hunks(entry, hunks)), **data}
-        self._append(entry.id, kind, facts)
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, f"cannot be {kind}", "It was never offered.")
+            if hunks is None and kind in ("rolled_back", "redone"):
+                hunks = entry.standing.hunks or None
+            facts = {"via": "editor", "hunks": list(chosen_hunks(entry, hunks)), **data}
+            self._append(entry.id, kind, facts)
 
     # Retention
 
@@ -757,6 +756,13 @@ class Ledger:
             self._settle_pending()
         finally:
             self._file_lock.release()
+
+    @contextmanager
+    def _adding_to(self, patch_id: str) -> Generator[Entry, None, None]:
+        """A proposal that stays as it is until something is added; else it could be forgotten in between."""
+        self._recover()
+        with self._database.transaction():
+            yield self._get(patch_id)
 
     def _take_file_lock(self, timeout_s: float) -> None:
         try:
@@ -1111,6 +1117,8 @@ def _check_is_base(entry: Entry, path: Path) -> None:
 
 
 def _path_on_disk(entry: Entry) -> Path:
+    if entry.state is State.FORGOTTEN:
+        raise wrong_state(entry, "cannot be written or taken back", "Its texts were removed at your wish.")
     if entry.proposal.path is None:
         raise UsageError(
             f"{entry.id} was made for pasted code, so there is no file to write.",

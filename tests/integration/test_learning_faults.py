@@ -158,3 +158,19 @@ def test_a_home_that_is_in_use_is_not_forgotten_in_part_and_says_who_waits(tmp_p
     with Ledger(home / "ledger.sqlite3") as ledger:
         forget(places_in(home), ledger, Forgettable(folder=folder))
     assert [name for name, data in bytes_in(home).items() if b"zebra" in data] == []
+
+
+def test_another_process_that_keeps_edits_meanwhile_is_waited_for(tmp_path: Path) -> None:
+    home, code = tmp_path / "home", tmp_path / "zebra-code"
+    worker = start("keep", home, code, 0)
+    forgotten = 0
+    with Ledger(home / "ledger.sqlite3") as ledger:
+        for _ in range(6):
+            time.sleep(0.3)
+            forgotten += forget(places_in(home), ledger, Forgettable(folder=code)).num_proposals
+        assert worker.poll() is None, worker.communicate()[1]
+        told = kill(worker).split()
+        forgotten += forget(places_in(home), ledger, Forgettable(folder=code)).num_proposals
+        assert ledger.problems() == []
+    assert forgotten >= len(told) > 5
+    assert [name for name, data in bytes_in(home).items() if b"zebra" in data] == []
