@@ -33,7 +33,7 @@ CHECKS = {
     "ruff format": ["-m", "ruff", "format", "--check", "."],
     "ruff": ["-m", "ruff", "check", "."],
     "import-linter": ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-    "pydoclint": ["tools/check_docstrings.py", "--config=pyproject.toml", "engine", "lsp_server"],
+    "pydoclint": ["tools/check_docstrings.py", "--config=pyproject.toml", "engine", "lsp_server", "training"],
     "pyright": ["-m", "pyright", "--pythonpath", "{python}"],
 }
 

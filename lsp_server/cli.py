@@ -23,6 +23,7 @@ from engine.inference.loading import set_runtime_defaults
 from engine.patching.ledger_records import path_key
 from lsp_server import console
 from lsp_server.argument_text import refuse_undecodable
+from lsp_server.cli_journal import keep_journal
 from lsp_server.cli_ledger import ledger_app
 from lsp_server.cli_models import adapters_app, models_app
 from lsp_server.cli_options import (
@@ -192,8 +193,9 @@ def lsp(
     if not tcp and (host is not None or port is not None):
         raise UsageError("--host and --port need --tcp", hint="Give --tcp, or leave them out to serve on stdio.")
     options = {"model": model, "adapter": adapter, "device": device, "quantization": quantization}
-    code = serve_tcp(os.environ, options, host or "127.0.0.1", port or 0) if tcp else serve_stdio(os.environ, options)
-    raise typer.Exit(code)
+    if tcp:
+        raise typer.Exit(serve_tcp(os.environ, options, host or "127.0.0.1", port or 0, keep_journal))
+    raise typer.Exit(serve_stdio(os.environ, options, keep_journal))
 
 
 @app.command()
@@ -256,9 +258,11 @@ def _hunk_indexes(text: str | None) -> tuple[int, ...] | None:
 def _register_later_commands() -> None:
     """Commands with modules of their own, imported here so that a broken one cannot hide the rest."""
     from lsp_server.cli_bench import bench_app
+    from lsp_server.cli_train import train_app
     from lsp_server.doctor import doctor
 
     app.add_typer(bench_app, name="bench")
+    app.add_typer(train_app, name="train")
     app.command()(doctor)
     refuse_undecodable(app)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -41,6 +41,7 @@ from lsp_server.bench_repeat import (
     plot_history,
     repeat_edit,
 )
+from lsp_server.cli_journal import journal
 from lsp_server.cli_options import (
     AdapterOption,
     DeviceOption,
@@ -52,6 +53,9 @@ from lsp_server.cli_options import (
     open_engine,
     open_session,
 )
+
+if TYPE_CHECKING:
+    from training.journal import Journaled
 
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -72,7 +76,7 @@ def repeat(
     function: FunctionOption = None,
     intent: Annotated[str | None, typer.Option("--intent", "-i", help="What to change, in your words.")] = None,
     log_only: Annotated[
-        bool, typer.Option("--log-only", help="Apply nothing; keep the proposals in the ledger for training.")
+        bool, typer.Option("--log-only", help="Apply nothing; keep the proposals in ledger and training log.")
     ] = False,
     csv_dir: Annotated[Path, typer.Option(help="Folder of the CSV files and the plot.")] = Path("."),
     edit_format: FormatOption = None,
@@ -112,10 +116,11 @@ def repeat(
                 _say_row(row, number)
 
             rows = repeat_edit(engine, made, task, number, ledger=ledger, on_row=show)
+        journaled = journal(session, ledger) if ledger is not None else None
         summary = history_line(rows, task, engine.status(), made)
     append_history(csv_dir / HISTORY_NAME, summary)
     is_plotted = plot_history(csv_dir / HISTORY_NAME, csv_dir / PLOT_NAME)
-    _report(rows, summary, csv_dir, is_plotted=is_plotted, as_json=as_json)
+    _report(rows, summary, csv_dir, journaled, is_plotted=is_plotted, as_json=as_json)
 
 
 def _refuse_options_before(context: typer.Context) -> None:
@@ -138,7 +143,13 @@ def _say_row(row: Repetition, number: int) -> None:
 
 
 def _report(
-    rows: Sequence[Repetition], summary: HistoryLine, csv_dir: Path, *, is_plotted: bool, as_json: bool
+    rows: Sequence[Repetition],
+    summary: HistoryLine,
+    csv_dir: Path,
+    journaled: Journaled | None,
+    *,
+    is_plotted: bool,
+    as_json: bool,
 ) -> None:
     if as_json:
         files = {"results": csv_dir / RESULTS_NAME, "history": csv_dir / HISTORY_NAME, "plot": csv_dir / PLOT_NAME}
@@ -147,6 +158,7 @@ def _report(
                 "summary": asdict(summary),
                 "runs": [asdict(row) for row in rows],
                 "files": {name: str(file) for name, file in files.items() if name != "plot" or is_plotted},
+                "journal": None if journaled is None else journaled.to_json(),
             }
         )
     else:
@@ -162,10 +174,18 @@ def _report(
     empty = [row.n for row in rows if not row.edits]
     if empty:
         console.say(f"edits=[] in run {', '.join(map(str, empty))}: counted as failed")
+    if journaled is not None:
+        _say_journaled(journaled)
     plot = f", {PLOT_NAME}" if is_plotted else ""
     console.say(escape(f"written to {csv_dir}: {RESULTS_NAME}, {HISTORY_NAME}{plot}"))
     if not is_plotted:
         console.say(escape('a plot of the history needs matplotlib: pip install "planpatch[plot]"'))
+
+
+def _say_journaled(journaled: Journaled) -> None:
+    console.say(f"{journaled.num_written['edit']} edits went to the training log, as unreviewed")
+    for reason, count in journaled.num_left_out.items():
+        console.say(f"{count} were left out: {reason}")
 
 
 @bench_app.command()

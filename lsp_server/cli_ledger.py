@@ -18,7 +18,6 @@ from engine.patching.ledger_records import Applied, Label, Operation, State, Sum
 from lsp_server import console
 from lsp_server.cli_options import JsonOption, open_session
 from lsp_server.running import edit_in_editor
-from lsp_server.session import prune_ledger
 
 ledger_app = typer.Typer(help="Proposed patches and what became of them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -170,7 +169,7 @@ def prune(
     """Drop what is older or larger than the settings allow."""
     session = open_session({}, None, as_json)
     with session.ledger() as ledger:
-        pruned = prune_ledger(ledger, session.settings, days=days)
+        pruned = session.prune(ledger, days=days)
     if as_json:
         console.print_json({"proposals": pruned.num_proposals})
         return

@@ -20,6 +20,7 @@ from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
 from lsp_server import console
+from lsp_server.cli_journal import keep_journal
 from lsp_server.session import Session
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -64,7 +65,7 @@ def open_session(options: Mapping[str, object], file: Path | None, as_json: bool
         "adapter": _adapter_from_here(options.get("adapter")),
         "model": _model_from_here(options.get("model")),
     }
-    session = Session.open(os.environ, options, _workspace_of(file))
+    session = Session.open(os.environ, options, _workspace_of(file), keep_journal)
     for problem in session.problems:
         if problem.source.startswith("command line:"):
             raise SettingError(f"{str(problem).rpartition('; ')[0]}.")

@@ -43,7 +43,7 @@ class HttpHost:
         self._parsers = ParserProcess()
         self._in_editor = in_editor
         self._tell = tell
-        self._records = Records(lambda: session_of().ledger())
+        self._records = Records(lambda: session_of().served_ledger())
         self._listener: Listener | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._start, name="planpatch-http-start", daemon=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
-from engine.errors import PlanPatchError
-from engine.patching.ledger_records import UNDONE, Entry
+from engine.errors import PlanPatchError, UsageError
+from engine.patching.ledger_records import UNDONE, Entry, State
 from lsp_server.code_actions import short
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.reading import Reader
@@ -97,6 +98,9 @@ class Labels:
             if file.watches.get(watch.patch_id) is not watch:
                 return  # it was rolled back or redone by command meanwhile, which told the ledger
             entry = await self._records.get(watch.patch_id)
+            if entry.state is State.FORGOTTEN:
+                del file.watches[watch.patch_id]
+                return
             is_undone = watch.is_undone
             if entry.standing.is_applied is is_undone:  # else it says so already: an earlier turn, or another process
                 kind, reason = ("rolled_back", UNDONE) if is_undone else ("redone", "redone in the editor")
@@ -138,11 +142,12 @@ class Labels:
             if finding in ("kept", "changed"):
                 final = source.to_bytes() if finding == "changed" else None
                 why = f"{reason}, changed by the user" if finding == "changed" else reason
-                await self._records.do(
-                    lambda ledger, one=watch, text=final, said=why: ledger.label(
-                        one.patch_id, "accepted", reason=said, final_text=text
+                with suppress(UsageError):  # it was forgotten, or dropped by age
+                    await self._records.do(
+                        lambda ledger, one=watch, text=final, said=why: ledger.label(
+                            one.patch_id, "accepted", reason=said, final_text=text
+                        )
                     )
-                )
             watch.is_settled = finding != "undone"
 
 

@@ -36,10 +36,11 @@ from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
 from lsp_server.http_host import HttpHost
+from lsp_server.log_masking import mask_log
 from lsp_server.lsp_editor import LspEditor, action_request, code_action
 from lsp_server.lsp_protocol import Protocol
 from lsp_server.model_host import HostStatus, ModelHost, ServerMark
-from lsp_server.session import Session
+from lsp_server.session import Keep, Session
 from lsp_server.settings import SettingProblem, Settings, load_settings
 from lsp_server.targets import text_argument
 from lsp_server.transport import Writer, read_messages, take_stdio
@@ -66,9 +67,10 @@ class PlanPatchServer(LanguageServer):
     Args:
         environ: Environment variables.
         options: Options of the command line by setting name.
+        keep: Keeps what is learnt from before the ledger's retention drops it.
     """
 
-    def __init__(self, environ: Mapping[str, str], options: Mapping[str, object]) -> None:
+    def __init__(self, environ: Mapping[str, str], options: Mapping[str, object], keep: Keep | None = None) -> None:
         super().__init__(  # pyright: ignore[reportUnknownMemberType]
             "planpatch", version("planpatch"), protocol_cls=Protocol, converter_factory=default_converter, max_workers=2
         )
@@ -88,7 +90,7 @@ class PlanPatchServer(LanguageServer):
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
         self._client_process: int | None = None
-        self._session = Session.open(self._environ, self._options)
+        self._session = Session.open(self._environ, self._options, keep=keep)
         self._mark = ServerMark(self._session.paths.servers)
         self._background: set[asyncio.Task[None]] = set()
         _register(self)
@@ -215,7 +217,7 @@ class PlanPatchServer(LanguageServer):
         self._bench = Workbench(
             LspEditor(self.protocol, profile),
             self._host,
-            lambda: self._session.ledger(),
+            lambda: self._session.served_ledger(),
             self._session.paths,
             self.settings_of,
             call=self._parsers,
@@ -259,7 +261,7 @@ class PlanPatchServer(LanguageServer):
     def _read_settings(self) -> None:
         self._settings.clear()
         settings, problems = self._load_settings(None)
-        self._session = Session(self._session.paths, settings, problems)
+        self._session = Session(self._session.paths, settings, problems, self._session.keep)
         self._settings[None] = settings
         _set_log(settings, self._session.paths.resolve)
         self._tell_problems(problems)
@@ -619,28 +621,32 @@ def _set_log(settings: Settings, resolve: Callable[[str], Path]) -> None:
             force=True,
             **target,
         )
+    mask_log()
     logging.getLogger("pygls").setLevel(logging.CRITICAL)
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
 
 
-def serve_stdio(environ: Mapping[str, str], options: Mapping[str, object]) -> int:
+def serve_stdio(environ: Mapping[str, str], options: Mapping[str, object], keep: Keep | None = None) -> int:
     """Serve the client at stdin and stdout.
 
     Args:
         environ: Environment variables.
         options: Options of the command line by setting name.
+        keep: Keeps what is learnt from before the ledger's retention drops it.
 
     Returns:
         The process's exit code.
     """
     stdin, stdout = take_stdio()
 
-    return _run(environ, options, stdin, stdout)
+    return _run(environ, options, keep, stdin, stdout)
 
 
-def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: str, port: int) -> int:
+def serve_tcp(
+    environ: Mapping[str, str], options: Mapping[str, object], host: str, port: int, keep: Keep | None = None
+) -> int:
     """Serve the first client that connects to a loopback port.
 
     Args:
@@ -648,6 +654,7 @@ def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: s
         options: Options of the command line by setting name.
         host: A loopback address.
         port: 0 takes a free one; it is printed on stderr.
+        keep: Keeps what is learnt from before the ledger's retention drops it.
 
     Returns:
         The process's exit code.
@@ -673,7 +680,7 @@ def serve_tcp(environ: Mapping[str, str], options: Mapping[str, object], host: s
     listener.close()
     stream = socket.SocketIO(connection, "rwb")
     try:
-        return _run(environ, options, stream, stream)
+        return _run(environ, options, keep, stream, stream)
     finally:
         connection.close()
 
@@ -684,13 +691,19 @@ def _ended(server: PlanPatchServer, reason: str) -> None:
     server.end(0 if cast(Any, server.protocol)._shutdown and not reason else 1)
 
 
-def _run(environ: Mapping[str, str], options: Mapping[str, object], incoming: RawIOBase, outgoing: RawIOBase) -> int:
+def _run(
+    environ: Mapping[str, str],
+    options: Mapping[str, object],
+    keep: Keep | None,
+    incoming: RawIOBase,
+    outgoing: RawIOBase,
+) -> int:
     def start(server: PlanPatchServer) -> None:
         server.protocol.set_writer(Writer(outgoing, server.end_from_thread))
         receive = cast(Protocol, server.protocol).receive
         read_messages(incoming, asyncio.get_running_loop(), receive, lambda reason: _ended(server, reason))
 
-    server = PlanPatchServer(environ, options)
+    server = PlanPatchServer(environ, options, keep)
     _set_log(load_settings(options, environ)[0], Path)
     code = asyncio.run(server.serve(start))
     writer: Any = server.protocol.writer

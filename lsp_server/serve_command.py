@@ -54,7 +54,7 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         return
     host = ModelHost(_told())
     parsers = ParserProcess()
-    records = Records(session.ledger)
+    records = Records(session.served_ledger)
     service = Service(host, lambda: session, records, new_token(), parsers=parsers, root=root)
     listener = Listener(service, bound, paths.runtime_file)
     stop = threading.Event()

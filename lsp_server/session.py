@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from engine.errors import AdapterError
+from engine.errors import AdapterError, PlanPatchError
 from engine.inference.adapters import BASE
 from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
 from engine.inference.engine import EngineConfig, InProcessEngine
@@ -29,6 +31,10 @@ from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.paths import Paths, find_paths, make_private_folder
 from lsp_server.settings import SettingProblem, Settings, load_settings
 
+log = logging.getLogger("planpatch")
+
+Keep = Callable[["Session", Ledger], None]
+
 _RETENTION_INTERVAL_S = 24 * 3600
 _FOREVER_DAYS = 36_500
 _NO_LIMIT_BYTES = 2**62
@@ -42,17 +48,25 @@ class Session:
         paths: Where state is kept.
         settings: What holds.
         problems: Settings that could not be used.
+        keep: Keeps what is learnt from before retention drops it; None: nothing is dropped unasked.
     """
 
-    def __init__(self, paths: Paths, settings: Settings, problems: list[SettingProblem]) -> None:
+    def __init__(
+        self, paths: Paths, settings: Settings, problems: list[SettingProblem], keep: Keep | None = None
+    ) -> None:
         self.paths = paths
         self.settings = settings
         self.problems = problems
+        self.keep = keep
         self.store = ModelStore(paths.home)
 
     @classmethod
     def open(
-        cls, environ: Mapping[str, str], options: Mapping[str, object] | None = None, workspace: Path | None = None
+        cls,
+        environ: Mapping[str, str],
+        options: Mapping[str, object] | None = None,
+        workspace: Path | None = None,
+        keep: Keep | None = None,
     ) -> Session:
         """Read the settings.
 
@@ -60,6 +74,7 @@ class Session:
             environ: Environment variables.
             options: Options of the command line by setting name; None is not set.
             workspace: Folder whose pyproject.toml may set presets, context and style.
+            keep: Keeps what is learnt from before retention drops it.
 
         Returns:
             The session.
@@ -71,7 +86,7 @@ class Session:
         paths = find_paths(environ)
         settings, problems = load_settings(options, environ, paths.user_settings, workspace)
         make_private_folder(paths.home)
-        return cls(paths, settings, problems)
+        return cls(paths, settings, problems, keep)
 
     def ledger(self) -> Ledger:
         """The ledger, opened; once a day what the retention settings no longer keep is dropped.
@@ -80,11 +95,58 @@ class Session:
             LedgerError: It cannot be read or written.
         """
         ledger = Ledger(self.paths.ledger)
-        mark = self.paths.retention_mark
-        if not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S:
-            prune_ledger(ledger, self.settings)
-            write_atomically(mark, b"", expected_sha256=None, private=True)
+        if self._is_pruning_due():
+            self._prune_for_today(ledger)
         return ledger
+
+    def served_ledger(self) -> Ledger:
+        """The ledger of a server, whose clients do not wait while old things are journaled and dropped.
+
+        Raises:
+            LedgerError: It cannot be read or written.
+        """
+        ledger = Ledger(self.paths.ledger)
+        if self._is_pruning_due():
+            threading.Thread(target=self._prune_beside, name="planpatch-retention", daemon=True).start()
+        return ledger
+
+    def _is_pruning_due(self) -> bool:
+        mark = self.paths.retention_mark
+        is_due = not mark.exists() or time.time() - mark.stat().st_mtime > _RETENTION_INTERVAL_S
+        return is_due and self.keep is not None
+
+    def _prune_beside(self) -> None:
+        try:
+            with Ledger(self.paths.ledger) as ledger:
+                self._prune_for_today(ledger)
+        except PlanPatchError as error:
+            log.warning("the ledger is not pruned: %s", error.message)
+
+    def _prune_for_today(self, ledger: Ledger) -> None:
+        try:
+            self.prune(ledger)
+        except PlanPatchError as error:  # nothing was dropped, and this is no reason not to edit
+            log.warning("the ledger is not pruned: %s", error.message)
+            return
+        write_atomically(self.paths.retention_mark, b"", expected_sha256=None, private=True)
+
+    def prune(self, ledger: Ledger, *, days: float | None = None) -> Pruned:
+        """Keep what is learnt from, then drop what the retention settings no longer keep; 0 keeps everything.
+
+        Args:
+            ledger: The ledger.
+            days: Instead of the setting's.
+
+        Returns:
+            What was dropped.
+
+        Raises:
+            LedgerError: It cannot be written.
+            WriteError: The journal cannot be written; nothing was dropped.
+        """
+        if self.keep is not None:
+            self.keep(self, ledger)
+        return prune_ledger(ledger, self.settings, days=days)
 
     def model_ref(self) -> ModelRef:
         """The model that the settings name; `auto` looks at this machine, a relative path stands under the home.
@@ -299,6 +361,7 @@ def patcher_options(settings: Settings, surface: Surface, *, on_gpu: bool, **cha
         "surroundings_chars": settings.surroundings_chars,
         "context_tokens": settings.context_tokens,
         "style": settings.style,
+        "training_log": settings.training_log,
         "forks_at_once": _FORKS_AT_ONCE_GPU if on_gpu else 1,  # on a CPU one with drafts is as fast as several without
         "priority": Priority.BACKGROUND if surface == "bench" else Priority.INTERACTIVE,
         "surface": surface,

@@ -2,7 +2,8 @@
 
 Later ones win: built-in defaults, the user's `planpatch.toml`, the workspace's `pyproject.toml` (`[tool.planpatch]`:
 presets, context and style only), environment, command line, the editor's `planpatch` section. A value that cannot be
-used is reported with its source, and the value below it stands. Nothing here is global: `load_settings` returns a
+used is reported with its source, and the value below it stands. `training_log` is the one that any source, a workspace
+too, can turn off and none can turn on again. Nothing here is global: `load_settings` returns a
 frozen object, and whoever needs it is handed it.
 
 Names may be written flat or in tables (`plan_max_new_tokens`, `[plan] max_new_tokens`, `plan.maxNewTokens`); the
@@ -45,14 +46,22 @@ MODEL_NAMES = (
 
 
 def _setting(
-    default: T, parse: Parser, *, variable: str = "", workspace: bool = False, secret: bool = False, merge: bool = False
+    default: T,
+    parse: Parser,
+    *,
+    variable: str = "",
+    workspace: bool = False,
+    secret: bool = False,
+    merge: bool = False,
+    off_wins: bool = False,
 ) -> T:
     """A field of Settings.
 
     `variable` is the original's environment variable, `workspace` lets a workspace set it, `secret` keeps it out of
-    reports, `merge` adds a table to the one below it instead of replacing it.
+    reports, `merge` adds a table to the one below it instead of replacing it, `off_wins` keeps what was turned off off.
     """
     metadata = {"parse": parse, "variable": variable, "workspace": workspace, "secret": secret, "merge": merge}
+    metadata["off_wins"] = off_wins
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -94,6 +103,7 @@ class Settings:
         clean_response: Cut everything but the answer from what the model wrote.
         ledger_retention_days: Events older than this are dropped; 0 keeps all.
         ledger_max_bytes: Oldest events are dropped above this size; 0 is no limit.
+        training_log: Whether edits that are kept go to the journal that training reads; off from any source is off.
         apply: `ask` before a buffer changes, or `direct`.
         http: Whether the language server listens for HTTP too.
         host: Address that HTTP binds.
@@ -139,6 +149,7 @@ class Settings:
     clean_response: bool = _setting(True, values.boolean, variable="CLEAN_RESP")
     ledger_retention_days: int = _setting(30, values.integer(0, 36_500))
     ledger_max_bytes: int = _setting(500_000_000, values.size_bytes)
+    training_log: bool = _setting(True, values.boolean, workspace=True, off_wins=True)
     apply: str = _setting("ask", values.choice("ask", "direct"))
     http: bool = _setting(True, values.boolean)
     host: str = _setting("127.0.0.1", values.text)
@@ -249,6 +260,8 @@ def _merge(entries: Sequence[_Entry], problems: list[SettingProblem]) -> Setting
             stands = "it is left out" if metadata["merge"] else _standing(sources.get(entry.name))
             problems.append(SettingProblem(entry.source, f"{shown}{error}; {stands}."))
             continue
+        if metadata["off_wins"] and chosen.get(entry.name) is False:
+            continue
         if metadata["merge"]:
             value = {**chosen.get(entry.name, DEFAULT_PRESETS), **value}
         chosen[entry.name] = value
@@ -298,8 +311,39 @@ def _workspace_entries(workspace: Path | None, problems: list[SettingProblem]) -
             problems.append(
                 SettingProblem(entry.source, f"a workspace may not set this and it is ignored; it may set {allowed}.")
             )
+        elif entry.name in _FIELDS and _FIELDS[entry.name].metadata["off_wins"] and not _is_off(entry):
+            problems.append(SettingProblem(entry.source, "a workspace may only turn this off; it is ignored."))
         else:
             yield entry
+
+
+def _is_off(entry: _Entry) -> bool:
+    """Whether a switch is turned off; a value that cannot be read counts as off: it was meant to be written."""
+    try:
+        return not values.boolean(entry.value)
+    except ValueError:
+        return True
+
+
+def opts_out(path: Path) -> str:
+    """Whether a workspace does not want its edits to be learnt from; every pyproject.toml above the file counts.
+
+    Args:
+        path: A file; need not exist.
+
+    Returns:
+        The pyproject.toml that says so, or that cannot be read; empty if there is none.
+    """
+    for folder in path.absolute().parents:
+        file = folder / "pyproject.toml"
+        if file.is_file():
+            settings, problems = load_settings(workspace=folder)
+            is_unclear = any(
+                problem.source in (str(file), f"{file}: tool.planpatch.training_log") for problem in problems
+            )
+            if not settings.training_log or is_unclear:
+                return str(file)
+    return ""
 
 
 def _read_toml(path: Path, problems: list[SettingProblem], *, named_by: str = "") -> dict[str, object]:

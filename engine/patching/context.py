@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.patching.scopes import (
     DefinitionNode,
@@ -88,6 +88,18 @@ class _Choice:
     class_header: tuple[_Piece, ...]
     signatures: tuple[_Piece, ...]
     num_around: int
+
+
+def prompt_source(source: Source) -> Source:
+    """A file under its name alone, so that a prompt does not depend on the folder it lies in.
+
+    Args:
+        source: The file.
+
+    Returns:
+        The same text.
+    """
+    return replace(source, path=source.path.replace("\\", "/").rpartition("/")[2])
 
 
 def build_context(

@@ -1,8 +1,8 @@
 """The ledger: every plan, every proposal, and what became of it.
 
-Nothing in it is changed. A proposal's state is what its events add up to; a roll-back or a change of mind is one more
-event. The exact text before and after each patch is kept, so that a patch can be taken back, by hunk, after restarts
-and after edits elsewhere in the file.
+Nothing in it is changed, unless the user asks to forget something. A proposal's state is what its events add up to; a
+roll-back or a change of mind is one more event. The exact text before and after each patch is kept, so that a patch can
+be taken back, by hunk, after restarts and after edits elsewhere in the file.
 
 Writing a file and recording it cannot be one step. So `applying` is recorded first, with the digests of the text before
 and after; whoever opens the ledger next, and finds that nothing was recorded after it, looks at the file and records
@@ -37,7 +37,10 @@ from engine.errors import LedgerError, PathError, PlanPatchError, StaleTextError
 from engine.patching.disk import read_bytes, remove_leftovers, sha256_hex, write_atomically
 from engine.patching.edits import AnchorError, Edit, apply_edits
 from engine.patching.ledger_db import Database
+from engine.patching.ledger_forget import Forgettable, Matches, entomb, find_matches
 from engine.patching.ledger_records import (
+    FORGOTTEN,
+    NEVER_OFFERED,
     Applied,
     Entry,
     Event,
@@ -73,6 +76,7 @@ __all__ = [
     "Applied",
     "Entry",
     "Event",
+    "Forgettable",
     "Label",
     "Ledger",
     "PlanRecord",
@@ -404,10 +408,12 @@ class Ledger:
             The plan.
 
         Raises:
-            UsageError: No such plan, or several.
+            UsageError: No such plan, or several, or it was forgotten.
             LedgerError: The ledger cannot be read.
         """
         row = self._row_of("plans", "plan", "pl_", plan_id)
+        if row["scope_kind"] == FORGOTTEN:
+            raise UsageError(f"{row['id']} was forgotten.", hint="Plan again.", plan_id=row["id"])
         return PlanRecord(
             path=None if row["path"] is None else Path(row["path"]),
             base=self._database.text(row["base_sha256"]),
@@ -445,7 +451,7 @@ class Ledger:
         with self._writing_files():
             entry = self._get(patch_id)
             path = _path_on_disk(entry)
-            if entry.state in (State.REFUSED, State.REJECTED):
+            if entry.state in (*NEVER_OFFERED, State.REJECTED):
                 raise wrong_state(entry, "cannot be applied", "Ask for a new patch.")
             if entry.standing.is_applied:
                 self._note_taken_out(entry, path)
@@ -557,10 +563,10 @@ class Ledger:
             UsageError: No such proposal, or it was refused, rolled back, or diverged.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state in (State.REFUSED, State.ROLLED_BACK, State.DIVERGED):
-            raise wrong_state(entry, "cannot be accepted", "Accept a patch that is in the file as it was proposed.")
-        self._append(entry.id, "accepted", {"reason": reason} if reason else {})
+        with self._adding_to(patch_id) as entry:
+            if entry.state in (*NEVER_OFFERED, State.ROLLED_BACK, State.DIVERGED):
+                raise wrong_state(entry, "cannot be accepted", "Accept a patch that is in the file as it was proposed.")
+            self._append(entry.id, "accepted", {"reason": reason} if reason else {})
 
     def reject(self, patch_id: str, *, reason: str = "") -> None:
         """Record that the user rejects a proposal. The file stays as it is: `rollback` takes a patch out.
@@ -573,10 +579,10 @@ class Ledger:
             UsageError: No such proposal, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state is State.REFUSED:
-            raise wrong_state(entry, "cannot be rejected", "It was never offered.")
-        self._append(entry.id, "rejected", {"reason": reason} if reason else {})
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, "cannot be rejected", "It was never offered.")
+            self._append(entry.id, "rejected", {"reason": reason} if reason else {})
 
     def label(
         self, patch_id: str, label: Literal["accepted", "rejected"], *, reason: str, final_text: bytes | None = None
@@ -593,10 +599,9 @@ class Ledger:
             UsageError: No such proposal, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state is State.REFUSED:
-            raise wrong_state(entry, "cannot be labelled", "It was never offered.")
-        with self._database.transaction():
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, "cannot be labelled", "It was never offered.")
             text = None if final_text is None else self._database.put_text(final_text)
             self._append(entry.id, "label", {"label": label, "reason": reason}, text)
 
@@ -620,13 +625,13 @@ class Ledger:
             UsageError: No such proposal or hunks, or it was refused.
             LedgerError: The ledger cannot be written.
         """
-        entry = self.get(patch_id)
-        if entry.state is State.REFUSED:
-            raise wrong_state(entry, f"cannot be {kind}", "It was never offered.")
-        if hunks is None and kind in ("rolled_back", "redone"):
-            hunks = entry.standing.hunks or None
-        facts = {"via": "editor", "hunks": list(chosen_hunks(entry, hunks)), **data}
-        self._append(entry.id, kind, facts)
+        with self._adding_to(patch_id) as entry:
+            if entry.state in NEVER_OFFERED:
+                raise wrong_state(entry, f"cannot be {kind}", "It was never offered.")
+            if hunks is None and kind in ("rolled_back", "redone"):
+                hunks = entry.standing.hunks or None
+            facts = {"via": "editor", "hunks": list(chosen_hunks(entry, hunks)), **data}
+            self._append(entry.id, kind, facts)
 
     # Retention
 
@@ -653,6 +658,61 @@ class Ledger:
             self._database.give_back_space()
             num_plans = sum(name.startswith("pl_") for name in removed)
             return Pruned(len(removed) - num_plans, num_plans, self._database.used_bytes())
+
+    # Forgetting
+
+    def find_forgettable(self, which: Forgettable) -> Matches:
+        """What `forget` would remove the texts of.
+
+        Args:
+            which: A file, a folder or a time.
+
+        Returns:
+            Proposals and plans, and the words by which other files can be searched for them.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        return find_matches(self._database, which)
+
+    def forget(self, which: Forgettable) -> Matches:
+        """Remove texts, paths, intents, plans and diffs of some proposals and plans for good.
+
+        It is the one exception to append-only. Of each row its id, its times and the kinds of its events stay. What was
+        deleted is overwritten, the write-ahead log emptied and the file written anew, also if nothing matches: a
+        process that was killed in the middle may have left that undone.
+
+        Args:
+            which: A file, a folder or a time.
+
+        Returns:
+            What was forgotten.
+
+        Raises:
+            LedgerError: Another process holds the ledger or a file of it, or the disk is full. Calling this again ends
+                what was begun.
+        """
+        with self._writing_files():
+            with self._database.transaction():
+                matches = find_matches(self._database, which)
+                entomb(self._database, matches, self._now())
+                self._database.delete_unused_texts()
+            self._database.write_anew()
+        return matches
+
+    def last_events(self) -> dict[str, int]:
+        """The number of every proposal's last event, so that a reader can tell what changed since it looked.
+
+        Returns:
+            Event number by proposal, in the order of their ids; forgotten proposals are left out.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
+        """
+        self._recover()
+        sql = """SELECT patch_id, max(seq) AS last FROM events JOIN proposals ON proposals.id = patch_id
+            WHERE scope_kind != ? GROUP BY patch_id ORDER BY patch_id"""
+        return {row["patch_id"]: row["last"] for row in self._database.rows(sql, (FORGOTTEN,))}
 
     def problems(self) -> list[str]:
         """What a check of the whole ledger finds.
@@ -696,6 +756,13 @@ class Ledger:
             self._settle_pending()
         finally:
             self._file_lock.release()
+
+    @contextmanager
+    def _adding_to(self, patch_id: str) -> Generator[Entry, None, None]:
+        """A proposal that stays as it is until something is added; else it could be forgotten in between."""
+        self._recover()
+        with self._database.transaction():
+            yield self._get(patch_id)
 
     def _take_file_lock(self, timeout_s: float) -> None:
         try:
@@ -1050,6 +1117,8 @@ def _check_is_base(entry: Entry, path: Path) -> None:
 
 
 def _path_on_disk(entry: Entry) -> Path:
+    if entry.state is State.FORGOTTEN:
+        raise wrong_state(entry, "cannot be written or taken back", "Its texts were removed at your wish.")
     if entry.proposal.path is None:
         raise UsageError(
             f"{entry.id} was made for pasted code, so there is no file to write.",

@@ -1,6 +1,7 @@
 """The ledger's file: one SQLite database in WAL mode, opened by any number of processes and threads.
 
-Rows are only ever added; triggers refuse updates and deletions to everyone but the retention routine. Only the owner
+Rows are only ever added; triggers refuse updates and deletions to everyone but the retention routine and `forget`. What
+is deleted is overwritten. Only the owner
 may read the file, because it holds source code.
 
 Not covered: someone who drops the triggers, or edits the file as bytes; a folder on a network filesystem (SQLite's WAL
@@ -300,6 +301,23 @@ class Database:
             self._connection.execute("PRAGMA incremental_vacuum").fetchall()
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    def write_anew(self) -> None:
+        """Write the whole file anew without its free pages, and empty the write-ahead log: nothing deleted is left.
+
+        Raises:
+            LedgerError: Another process is reading or writing, or the disk is full.
+        """
+        with self._lock, ledger_errors(self.path):
+            self._connection.execute("PRAGMA temp_store = MEMORY")  # no copy in the system's temporary folder
+            self._empty_log()
+            self._connection.execute("VACUUM")
+            self._empty_log()
+
+    def _empty_log(self) -> None:
+        is_busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            raise sqlite3.OperationalError("database is locked: its log cannot be emptied")
+
     def used_bytes(self) -> int:
         """Size of the pages in use.
 
@@ -347,6 +365,7 @@ class Database:
             self._use_wal()
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")
             connection.execute("PRAGMA trusted_schema = ON")  # the triggers call a function of this connection
         if self._version() < SCHEMA_VERSION:
             self._create_schema()

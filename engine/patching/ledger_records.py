@@ -22,6 +22,7 @@ from engine.patching.source import Source
 Surface = Literal["cli", "http", "lsp", "bench"]
 Operation = Literal["apply", "rollback", "redo"]
 
+FORGOTTEN = "forgotten"  # reason of the last event of a proposal whose texts were removed, and scope_kind of its row
 UNDONE = "undone"  # reason of a roll-back by the editor's own undo: a reject, until the editor's redo
 
 _JSON_FIELDS = ("feedback", "settings", "imports", "gates", "repairs", "timings", "error")
@@ -37,6 +38,10 @@ class State(str, Enum):
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     ROLLED_BACK = "rolled_back"
+    FORGOTTEN = "forgotten"  # its texts were removed at the user's wish
+
+
+NEVER_OFFERED = frozenset({State.REFUSED, State.FORGOTTEN})  # nothing can be done with these
 
 
 class Label(str, Enum):
@@ -381,6 +386,8 @@ def add_up(events: Iterable[Event]) -> Standing:
     ever_fit, was_undone = True, False
     for event in events:
         match event.kind:
+            case "refused" if event.data.get("reason") == FORGOTTEN:
+                return Standing(State.FORGOTTEN)
             case "refused":
                 standing = replace(standing, state=State.REFUSED)
             case "applied" | "redone":
@@ -421,9 +428,9 @@ def is_unwanted(standing: Standing) -> bool:
         standing: What became of it.
 
     Returns:
-        True if it was refused, rejected or rolled back.
+        True if it was refused, rejected, rolled back or forgotten.
     """
-    return standing.state in (State.REFUSED, State.REJECTED, State.ROLLED_BACK) or standing.label in (
+    return standing.state in (*NEVER_OFFERED, State.REJECTED, State.ROLLED_BACK) or standing.label in (
         Label.REJECTED,
         Label.ROLLED_BACK,
     )

@@ -40,7 +40,7 @@ from engine.inference.protocol import (
     check_length,
 )
 from engine.inference.text_stop import StopText
-from engine.patching.context import Context, build_context
+from engine.patching.context import Context, build_context, prompt_source
 from engine.patching.directives import without_directives
 from engine.patching.divergence import Fork, likeliest_forks
 from engine.patching.edits import Edit, apply_edits, unified_diff
@@ -60,7 +60,7 @@ Listener = Callable[[Stage, str], None]
 MAX_INTENT_CHARS = 20_000
 _LEAST_SECOND_CHOICE = 0.02  # a model that is surer than this that nothing should change is believed
 # Ledgers hold this sentence, and a stored patch is known by it: whoever rewords it keeps the old one known.
-_SECOND_CHOICE = (
+SECOND_CHOICE = (
     "The model's likeliest answer left the code as it is; this one goes on from a second choice. Look at it closely."
 )
 
@@ -119,6 +119,7 @@ class PatcherOptions:
         forks_at_once: How many of them decode beside each other, as rows of one step; the result is the same.
         priority: Of every request.
         surface: Who asks, for the ledger.
+        training_log: Whether what is kept of these proposals may be learnt from.
     """
 
     plan: StageOptions = StageOptions(16, 1.10, 60.0)
@@ -135,6 +136,7 @@ class PatcherOptions:
     forks_at_once: int = 1
     priority: Priority = Priority.INTERACTIVE
     surface: Surface = "cli"
+    training_log: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +272,7 @@ class Patch:
     @property
     def is_second_choice(self) -> bool:
         """Whether the model's likeliest answer changed nothing, so that nobody should apply this one unseen."""
-        return _SECOND_CHOICE in self.repairs
+        return SECOND_CHOICE in self.repairs
 
     def to_json(self) -> dict[str, Any]:
         """The patch as `/patch_smart` returns it."""
@@ -319,6 +321,7 @@ class _Job:
     plan_text: str
     edit_format: EditFormat
     key: str
+    max_chars: int
     started_at: float
     timings: Timings = field(default_factory=Timings)
     gates_seen: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -494,7 +497,8 @@ class Patcher:
     ) -> _Job:
         check_intent(intent)
         view, view_scope = self._call(without_directives, source, scope) if drop_directives else (source, scope)
-        task = Task(self._fitting_context(view, view_scope), intent, self.options.style, feedback)
+        context, max_chars = self._fitting_context(view, view_scope)
+        task = Task(context, intent, self.options.style, feedback)
         plan_text = plan.text if plan else ""
         edit_format = FORMATS[self._format_name(scope)]
         status = self.engine.status()
@@ -511,7 +515,7 @@ class Patcher:
             prompt_version=PROMPT_VERSION,
             settings=self._key_settings(),
         )
-        return _Job(source, scope, view, view_scope, task, plan_text, edit_format, key, time.monotonic())
+        return _Job(source, scope, view, view_scope, task, plan_text, edit_format, key, max_chars, time.monotonic())
 
     def _key_settings(self) -> dict[str, Any]:
         patch = self.options.patch
@@ -603,9 +607,9 @@ class Patcher:
                 for attempt in attempts:
                     if not attempt.report.ok or attempt.proof.loses_its_value:
                         continue
-                    found = found or replace(attempt, notes=(_SECOND_CHOICE,))
+                    found = found or replace(attempt, notes=(SECOND_CHOICE,))
                     if attempt.report.changes_program:
-                        return replace(attempt, notes=(_SECOND_CHOICE,))
+                        return replace(attempt, notes=(SECOND_CHOICE,))
         return found
 
     def _follow(
@@ -748,23 +752,28 @@ class Patcher:
             adapter_digest=status.adapter_digest,
             edit_format=job.edit_format.name,
             prompt_version=PROMPT_VERSION,
-            settings=self._key_settings(),
+            settings=self._key_settings() | self._prompt_settings(job),
         )
+
+    def _prompt_settings(self, job: _Job) -> dict[str, Any]:
+        """What the prompt is made from besides the ledger's columns (`training_task`), and who may learn from it."""
+        made_from = {"surroundings_chars": job.max_chars, "without_directives": job.view != job.source}
+        return made_from if self.options.training_log else made_from | {"training_log": False}
 
     # --- generation -----------------------------------------------------------------------------------------------
 
-    def _fitting_context(self, source: Source, scope: Scope) -> Context:
-        """Surroundings within both budgets; the function is never cut.
+    def _fitting_context(self, source: Source, scope: Scope) -> tuple[Context, int]:
+        """Surroundings within both budgets, and the characters that were asked for; the function is never cut.
 
         The file is shown by its name alone, so that the answer does not depend on the folder it lies in.
         """
-        named = replace(source, path=source.path.replace("\\", "/").rpartition("/")[2])
+        named = prompt_source(source)
         max_chars = self.options.surroundings_chars
         while True:
             context = self._call(build_context, named, scope, max_chars=max_chars)
             around = context.imports + context.class_header + context.signatures + context.before + context.after
             if max_chars == 0 or len(self.engine.tokenizer.encode(around)) <= self.options.context_tokens:
-                return context
+                return context, max_chars
             max_chars = max_chars * 3 // 4
 
     def _request(self, messages: Sequence[Message], prefill: str, params: SamplingParams) -> GenerationRequest:

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built offline from a copy of what git tracks or would track."""
     folder = tmp_path_factory.mktemp("a wheel")
     source = folder / "source"
-    for name in ("engine", "lsp_server", "scripts"):
+    for name in ("engine", "lsp_server", "training", "scripts"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "tests").mkdir()
     (source / "tests" / "__init__.py").write_text("", encoding="utf-8")
@@ -44,6 +44,7 @@ def test_the_wheel_holds_the_packages_the_data_and_the_launchers(wheel: Path) ->
         "lsp_server",
         "planpatch-0.1.0.data",
         "planpatch-0.1.0.dist-info",
+        "training",
     }
     assert {name for name in names if name.startswith("planpatch-0.1.0.data/")} == {
         "planpatch-0.1.0.data/scripts/planpatch",

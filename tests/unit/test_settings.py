@@ -194,9 +194,8 @@ def test_a_workspace_sets_presets_context_and_style_and_nothing_else(tmp_path: P
         ("logging", "logging", "Log every call."),
     ]
     assert settings.presets["simplify"] == DEFAULT_PRESETS["simplify"]
-    ignored = (
-        "a workspace may not set this and it is ignored; it may set surroundings_chars, context_tokens, style, presets."
-    )
+    allowed = "surroundings_chars, context_tokens, style, presets, training_log"
+    ignored = f"a workspace may not set this and it is ignored; it may set {allowed}."
     prefix = f"{tmp_path / 'pyproject.toml'}: tool.planpatch"
     assert sorted(str(problem) for problem in problems) == sorted(
         [

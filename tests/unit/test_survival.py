@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.patching.ledger import Ledger
+from engine.patching.ledger import Forgettable, Ledger, State
 from lsp_server.editor import ClientProfile
 from lsp_server.paths import Paths
 from lsp_server.settings import Settings
@@ -345,3 +345,21 @@ def test_a_conflict_is_shown_three_ways_and_nothing_is_sent(tmp_path: Path) -> N
         assert all(text in shown for text in ("a - 1", "a + 1\n", "a + 100"))
 
     at_desk(tmp_path, story, profile=replace(PROFILE, has_show_document=True))
+
+
+def test_a_patch_that_was_forgotten_meanwhile_is_watched_no_more_and_disturbs_nobody(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        first, second = await desk.patch(), ""
+        with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+            ledger.forget(Forgettable(file=desk.path))
+        shown = len(desk.editor.messages)
+        desk.now += 601
+        await desk.bench.labels.tick()
+        desk.type(TEXT)
+        await desk.rest()
+        assert (await desk.entry(first)).state is State.FORGOTTEN
+        assert desk.editor.messages[shown:] == []
+        second = await desk.patch()
+        assert (await desk.entry(second)).state is State.APPLIED
+
+    at_desk(tmp_path, story)
