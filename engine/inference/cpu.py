@@ -203,6 +203,9 @@ def shares_steps(model: PreTrainedModel) -> bool:
 
     Args:
         model: The model.
+
+    Returns:
+        Whether they may.
     """
     config = model.config.get_text_config()
     return model.config._attn_implementation in ("sdpa", _ATTENTION) and not getattr(config, "alibi", False)

@@ -206,6 +206,9 @@ def turns_with_length(config: PretrainedConfig) -> bool:
 
     Args:
         config: The model's configuration.
+
+    Returns:
+        Whether they are.
     """
     text_config = config.get_text_config(decoder=True)
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
