@@ -348,7 +348,7 @@ def bitsandbytes_checks() -> list[Check]:
     """
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        return [Check("bitsandbytes", "ok", "not needed: models on the CPU are held in bf16")]
+        return [Check("bitsandbytes", "ok", "not needed: models on the CPU are not quantized")]
     try:
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
         layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cuda")
