@@ -12,9 +12,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,8 @@ WORKLOADS: tuple[WorkloadName, ...] = ("answers", "references")
 PLAN_PENALTY, PATCH_PENALTY = 1.10, 1.03
 _TAIL_TOKENS = 12  # what differs between the prompts of a PLAN and its PATCH
 _GENERATE = {"generate": 0, "generate_lookup": 10}  # prompt_lookup_num_tokens
+
+_DECODED = re.compile(r"decoded +(\d+) tokens in +([0-9.]+) seconds")
 
 Say = Callable[[str], None]
 
@@ -559,13 +563,12 @@ def measure_llama_cpp(
     decode[decode.index("-p") + 1], decode[decode.index("-n") + 1] = "0", str(DECODE_TOKENS)
     rates: list[float] = []
     for one in (command, [*decode, "-d", str(CONTEXT_TOKENS)]):
+        printed, _ = _run_llama(one)
         try:
-            answer = subprocess.run(one, capture_output=True, text=True, check=True, timeout=1800).stdout
-            rates.append(float(json.loads(answer)[-1]["avg_ts"]))
-        except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as fault:
-            reason = str(getattr(fault, "stderr", "") or fault).strip()[-300:]
+            rates.append(float(json.loads(printed)[-1]["avg_ts"]))
+        except (ValueError, LookupError, TypeError) as fault:
             raise EnvironmentFault(
-                f"{program} failed: {reason}", hint="Give the llama-bench of a recent build."
+                f"{program} failed: {fault}", hint="Give the llama-bench of a recent build."
             ) from None
     prefill_rate, decode_rate = rates
     lengths = [len(one.answer) for one in edits]
@@ -579,6 +582,62 @@ def measure_llama_cpp(
         patch_p50_ms=1000 * (_TAIL_TOKENS / prefill_rate + (statistics.median(lengths) - 1) / decode_rate),
         ttft_ms=1000 * prefill_s,
     )
+
+
+def measure_llama_lookup(
+    program: Path, gguf: Path, edits: Sequence[tuple[Recording, str]], num_threads: int, *, on_gpu: bool
+) -> Figures:
+    """Run llama.cpp's own lookup decoding. It writes what its model says, as many tokens as the recorded answers have.
+
+    Args:
+        program: The `llama-lookup` of a build.
+        gguf: The model's file.
+        edits: Recordings, and their prompts as text.
+        num_threads: Threads on CPU.
+        on_gpu: Whether all layers go to the GPU.
+
+    Returns:
+        Rates of the workloads.
+
+    Raises:
+        EnvironmentFault: It cannot be run, or prints something else.
+    """
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = Path(folder) / "prompt.txt"
+        cache = str(Path(folder) / "none")
+        for name in WORKLOADS:
+            num_tokens, elapsed_s = 0, 0.0
+            chosen = [(edit, text) for edit, text in edits if edit.workload == name]
+            for edit, text in chosen:
+                prompt.write_text(text, encoding="utf-8", newline="")
+                command = [str(program), "-m", str(gguf), "-f", str(prompt), "-n", str(len(edit.answer))]
+                command += ["-c", "8192", "--draft-max", "16", "--temp", "0", "--repeat-penalty", str(PATCH_PENALTY)]
+                command += ["-t", str(num_threads), "-ngl", "99" if on_gpu else "0", "-lcd", cache]
+                printed, logged = _run_llama(command)
+                found = _DECODED.search(logged) or _DECODED.search(printed.removeprefix(text))
+                if found is None:
+                    raise EnvironmentFault(f"{program} said no rate: {logged.strip()[-300:]}")
+                num_tokens += int(found[1])
+                elapsed_s += float(found[2])
+            if elapsed_s:
+                rate = num_tokens / elapsed_s
+                figures.workloads[name] = {"edits": len(chosen), "tokens": num_tokens, "tok_per_s": rate}
+    figures.patch_tok_per_s = min((one["tok_per_s"] for one in figures.workloads.values()), default=None)
+    return figures
+
+
+def _run_llama(command: Sequence[str]) -> tuple[str, str]:
+    """What it prints, and what it logs."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=1800,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as fault:
+        reason = str(getattr(fault, "stderr", "") or fault).strip()[-300:]
+        raise EnvironmentFault(f"{command[0]} failed: {reason}", hint="Give programs of a recent build.") from None
+    return done.stdout, done.stderr
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -644,6 +703,12 @@ def bench_engine(
         console.say("llama.cpp")
         edits = [one for name in WORKLOADS for one in workload.of(name, sizes.num_recordings)]
         beside["llama.cpp"] = measure_llama_cpp(llama_cpp, gguf, edits, torch.get_num_threads(), on_gpu=on_gpu)
+        lookup = llama_cpp.with_name(llama_cpp.name.replace("llama-bench", "llama-lookup"))
+        if lookup != llama_cpp and os.access(lookup, os.X_OK):
+            console.say("llama.cpp with lookup")
+            texts = [(one, _whole_text(loaded.folder, one.prompt)) for one in edits]
+            threads = torch.get_num_threads()
+            beside["llama.cpp_lookup"] = measure_llama_lookup(lookup, gguf, texts, threads, on_gpu=on_gpu)
     found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say) | beside
     device = torch.cuda.get_device_name(loaded.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     facts = {
@@ -658,6 +723,13 @@ def bench_engine(
     if not as_json:
         _print_table(facts, found)
     print(json.dumps(facts), flush=True)
+
+
+def _whole_text(folder: Path, token_ids: Sequence[int]) -> str:
+    """Text with the chat template's tokens in it, as llama.cpp reads them from a file."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).decode(list(token_ids), skip_special_tokens=False)
 
 
 def _check_files(llama_cpp: Path | None, gguf: Path | None) -> None:

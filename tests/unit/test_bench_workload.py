@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EnvironmentFault, PathError, UsageError
-from lsp_server.bench_engine import measure_llama_cpp
+from lsp_server.bench_engine import measure_llama_cpp, measure_llama_lookup
 from lsp_server.bench_workload import Recording, Workload, read_workload
 
 pytestmark = pytest.mark.unit
@@ -101,3 +101,20 @@ def test_a_llama_bench_that_fails_is_told_with_its_own_words(tmp_path: Path) -> 
         measure_llama_cpp(program, tmp_path / "m.gguf", WORKLOAD.recordings, 2, on_gpu=False)
     with pytest.raises(EnvironmentFault, match="failed"):
         measure_llama_cpp(tmp_path / "none", tmp_path / "m.gguf", WORKLOAD.recordings, 2, on_gpu=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
+def test_llama_cpp_s_own_lookup_is_given_each_prompt_and_its_rates_are_added_up(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; text = pathlib.Path(sys.argv[4]).read_text(encoding='utf-8'); n = int(sys.argv[6])\n"
+        "print(f'{text}\\ndecoded {n:4d} tokens in {len(text) / 2:8.3f} seconds, speed: 1 t/s')"
+    )
+    edits = [
+        (Recording("a", "references", (1,), tuple(range(30))), "🙂é"),
+        (Recording("b", "references", (1,), tuple(range(12))), "four"),
+    ]
+    figures = measure_llama_lookup(llama_bench(tmp_path, script), tmp_path / "m.gguf", edits, 2, on_gpu=False)
+    assert figures.workloads == {"references": {"edits": 2, "tokens": 42, "tok_per_s": pytest.approx(14)}}
+    assert figures.patch_tok_per_s == pytest.approx(14)
+    with pytest.raises(EnvironmentFault, match="said no rate"):
+        measure_llama_lookup(llama_bench(tmp_path, "print(1)"), tmp_path / "m.gguf", edits, 2, on_gpu=False)
