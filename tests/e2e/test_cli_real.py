@@ -413,7 +413,7 @@ def test_a_workspace_that_sets_the_model_is_told_that_it_may_not(workspace: Path
     said = planpatch("patch", "bits.py", "-f", "nothing", "-i", INTENT, cwd=workspace)
     assert said.first_error_line.endswith(
         "tool.planpatch.model: a workspace may not set this and it is ignored; it may set surroundings_chars, "
-        "context_tokens, style, presets."
+        "context_tokens, style, presets, training_log."
     )
 
 
