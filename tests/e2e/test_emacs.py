@@ -234,7 +234,7 @@ def test_a_job_is_cancelled_from_the_menu_while_emacs_stays_usable(emacs: Emacs,
         """
         (drive-open "table.py")
         (drive-goto "def table")
-        (drive-choose "PlanPatch: add type hints")
+        (drive-choose "PlanPatch: add or mend the docstring")
         (let (job)
           (drive-wait-until "the first token"
                             (let ((jobs (plist-get (drive-status) :jobs)))
@@ -243,7 +243,7 @@ def test_a_job_is_cancelled_from_the_menu_while_emacs_stays_usable(emacs: Emacs,
                               (< 0 (plist-get job :numTokens))))
           (drive-goto "def after")
           (insert "# typed while the model generates\\n")
-          (drive-idle 0.5)
+          (drive-idle 0.1)
           (drive-choose "PlanPatch: cancel patch for table")
           (drive-rest)
           (drive-say "state" (plist-get (planpatch-command "status" :jobId (plist-get job :jobId)) :state)))
