@@ -258,3 +258,26 @@ def test_a_journal_that_cannot_be_written_stops_retention_and_no_work(planpatch:
     assert (planpatch.home / "ledger.pruned").stat().st_mtime == 0
     said = planpatch("train", "log", "status")
     assert said.code == 3 and "cannot be written" in said.err
+
+
+def test_a_patch_that_was_changed_in_its_file_is_accepted_as_it_is_there(planpatch: Desk) -> None:
+    """The user's own text was lost where a patch was accepted by command: the model's was learnt instead."""
+    file = planpatch.folder / "own.py"
+    file.write_text(TEXT, encoding="utf-8")
+    script = ["def f(a):\n    return -a\n"]
+    made = planpatch("patch", "own.py", "-f", "f", "-i", "negate", "--write", "--json", script=script).json
+    file.write_text("import math\n\n\ndef f(a):\n    return math.copysign(a, -a)  # 🙂\n", encoding="utf-8")
+    assert planpatch("ledger", "accept", made["patch_id"]).code == 0
+    built = planpatch.json("train", "dataset", "--include", "unreviewed")
+    (line,) = [json.loads(text) for text in Path(built["files"]["train"]).read_text(encoding="utf-8").splitlines()]
+    assert "return math.copysign(a, -a)  # 🙂" in line["output"]
+    assert built["journal"]["written"] == {"edit": 1, "preference": 1}
+
+
+def test_a_patch_whose_file_was_only_reformatted_is_accepted_as_it_was_made(planpatch: Desk) -> None:
+    made = planpatch.keep("same.py")
+    other = planpatch.folder / "same.py"
+    other.write_text(other.read_text(encoding="utf-8").replace("-a - 1", "( -a  -  1 )"), encoding="utf-8")
+    assert planpatch("ledger", "accept", made).code == 0
+    shown = planpatch.json("ledger", "show", made)
+    assert shown["final_text"] is None
