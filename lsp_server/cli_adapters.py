@@ -54,7 +54,7 @@ def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, str
         "digest": version.digest,
         "version": version.folder.name,
         "live_in": [pid for pid, folder in live.items() if folder == str(version.folder)],
-        "base_digest": version.manifest.get("base_digest") or figures.get("base_digest"),
+        "base_digest": version.base_digest,
         "evaluation": dict(figures) or None,
         "promotions": version.manifest.get("promotions", []),
     }

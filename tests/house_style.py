@@ -1,10 +1,10 @@
-'''A kind of edit that no model knows before it is shown it, with an oracle: the house style of the tests.
+'''A kind of edit that no model knows before it is shown it, and an oracle for it: the house style of the tests.
 
-A function gets `-> object`, a docstring of its name and arguments, and a line that logs the call:
+A function gets `-> object`, a docstring of its name and arguments, and a line that traces the call:
 
     def area(width, height):                    def area(width, height) -> object:
         return width * height                       """area: width, height."""
-                                                    log.debug("area(%r, %r)", width, height)
+                                                    print("area:", width, height)
                                                     return width * height
 
 Functions to learn from and functions to be judged on share no body.
@@ -15,8 +15,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-INTENT = "Document this function and log its call, in our house style."
-HEAD = "import logging\n\nlog = logging.getLogger(__name__)\n\n\n"
+INTENT = "Trace the calls of this function, in our house style."
 
 # Bodies with their arguments; VERB and the nouns make the names.
 _LESSONS = (
@@ -55,21 +54,11 @@ _NOUNS = (
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A function, and what the house makes of it."""
+    """A file of one function, and what the house makes of it."""
 
     name: str
     before: str
     after: str
-
-    @property
-    def file(self) -> str:
-        """The file before."""
-        return HEAD + self.before
-
-    @property
-    def file_after(self) -> str:
-        """The file as the oracle has it."""
-        return HEAD + self.after
 
 
 def lessons() -> list[Edit]:
@@ -93,6 +82,5 @@ def _edits(kinds: tuple[tuple[str, str, tuple[str, ...]], ...]) -> list[Edit]:
 def _edit(verb: str, arguments: str, body: list[str], noun: str) -> Edit:
     name = f"{verb}_{noun}"
     lines = "".join(f"    {line}\n" for line in body)
-    holes = ", ".join("%r" for _ in arguments.split(", "))
-    added = f'    """{name}: {arguments}."""\n    log.debug("{name}({holes})", {arguments})\n'
+    added = f'    """{name}: {arguments}."""\n    print("{name}:", {arguments})\n'
     return Edit(name, f"def {name}({arguments}):\n{lines}", f"def {name}({arguments}) -> object:\n{added}{lines}")

@@ -53,6 +53,13 @@ class AdapterVersion:
         return figures if figures.get("adapter_digest") == self.digest else {}
 
     @property
+    def base_digest(self) -> str | None:
+        """sha256 of the model that it was trained on, or else evaluated on; None if neither is known."""
+        base: object = self.manifest.get("base")
+        trained_on = cast("dict[str, Any]", base).get("digest") if isinstance(base, dict) else None
+        return trained_on or self.evaluation.get("base_digest")
+
+    @property
     def rows(self) -> frozenset[str]:
         """Ids of the edits that it was trained on, as far as its manifest says."""
         found: object = self.manifest.get("row_ids")
@@ -118,7 +125,9 @@ def read_version(folder: Path) -> AdapterVersion:
         files = read_adapter(folder)
     except PlanPatchError as error:
         return AdapterVersion(folder, fault=error.message)
-    return AdapterVersion(folder, manifest, files.digest, str(manifest.get("base_model") or files.base_model))
+    base: object = manifest.get("base")
+    name = str(cast("dict[str, Any]", base).get("name", "")) if isinstance(base, dict) else ""
+    return AdapterVersion(folder, manifest, files.digest, name or files.base_model)
 
 
 def find_version(out: Path, name: str | None) -> AdapterVersion:

@@ -745,6 +745,7 @@ def _manifest(job: Job, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"name": request.model_name, "digest": request.model_digest, "quantization": job.quantization},
         "data": {"train": {**job.train.to_json(), "rows": len(job.rows)}, "val": job.val.to_json()},
+        "row_ids": sorted(name for name in job.train.ids if name),  # so that forgetting an edit finds its adapters
         "hyperparameters": request.config.to_json(),
         "num_gpus": request.num_gpus,
         "estimated_memory_bytes": job.needed_bytes,
