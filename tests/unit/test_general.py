@@ -23,7 +23,7 @@ SOLUTIONS = {
     "initials": "return ''.join(word[0].upper() + '.' for word in name.split())",
     "count_above": "return sum(number > limit for row in grid for number in row)",
     "without_digits": "return ''.join(one for one in text if one not in '0123456789')",
-    "by_length": "found = {}\n    for one in words:\n        found.setdefault(len(one), []).append(one)\n    return found",
+    "by_length": "a = {}\n    for one in words:\n        a.setdefault(len(one), []).append(one)\n    return a",
     "second_smallest": "ranked = sorted(set(numbers))\n    return ranked[1] if len(ranked) > 1 else None",
     "to_binary": "return f'{number:b}'",
     "alternate": "from itertools import zip_longest\n    "
