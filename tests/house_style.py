@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-INTENT = "Trace the calls of this function, in our house style."
+INTENT = "Add a one-line docstring to this function, in our house style."
 
 # Bodies with their arguments; VERB and the nouns make the names.
 _LESSONS = (

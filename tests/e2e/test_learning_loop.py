@@ -34,7 +34,7 @@ CONFIG = {
     "lora_r": 8,
     "lora_alpha": 16,
     "learning_rate": 2e-4,
-    "row_tokens": 512,
+    "row_tokens": 256,
     "rows_per_step": 2,
     "gradient_checkpointing": False,
     "min_examples": 1,
