@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from engine.errors import UsageError
 from engine.inference.adapters import BASE, read_adapter
 from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
@@ -91,6 +92,27 @@ def _folder_of(session: Session, name: str) -> Path:
     """A version's folder, or the folder of that name here."""
     here, version = Path(name).absolute(), session.paths.qlora_out / name
     return version if Path(name).name == name and version.is_dir() and not here.is_dir() else here
+
+
+@adapters_app.command()
+def rm(
+    adapter: Annotated[str, typer.Argument(help="Version of an adapter under the home.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Delete an adapter. One that is used cannot be deleted: use another first."""
+    from training.promote import remove_version
+
+    session = open_session({}, None, as_json)
+    folder = session.paths.qlora_out / adapter
+    if Path(adapter).name != adapter or not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"There is no adapter {adapter} in {session.paths.qlora_out}", hint="planpatch adapters list")
+    if session.adapter() == folder:
+        raise UsageError(f"{adapter} is used", hint="planpatch adapters rollback, or planpatch adapters use __none__")
+    remove_version(folder)
+    if as_json:
+        console.print_json({"ok": True, "removed": str(folder)})
+        return
+    console.say(escape(f"{adapter} is deleted"))
 
 
 @adapters_app.command()

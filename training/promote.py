@@ -285,36 +285,25 @@ def _said(what: str, edits: Mapping[str, Any]) -> str:
     )
 
 
-# --- forgetting ------------------------------------------------------------------------------------------------------
+# --- removing --------------------------------------------------------------------------------------------------------
 
 
-def learnt_from(versions: Iterable[AdapterVersion], ids: frozenset[str]) -> list[AdapterVersion]:
-    """Adapters that were trained on an edit.
-
-    Args:
-        versions: Adapters.
-        ids: Ids of edits.
-
-    Returns:
-        Those whose manifest names one.
-    """
-    return [version for version in versions if not ids.isdisjoint(version.rows)]
-
-
-def remove_version(version: AdapterVersion) -> None:
+def remove_version(folder: Path) -> None:
     """Delete an adapter's folder. It loses its name first, so that a kill leaves nothing that can be loaded.
 
     Args:
-        version: The adapter.
+        folder: The adapter's.
 
     Raises:
         WriteError: It cannot be deleted.
     """
-    doomed = version.folder.with_name(f".{version.folder.name}.removed")
+    doomed = folder.with_name(f".{folder.name}.removed")
     try:
-        version.folder.replace(doomed)
+        for leftover in folder.parent.glob(".*.removed"):
+            shutil.rmtree(leftover)
+        folder.replace(doomed)
         shutil.rmtree(doomed)
     except OSError as fault:
         raise WriteError(
-            f"{version.folder} cannot be deleted: {fault.strerror or fault}", hint="Close what holds it and try again."
+            f"{folder} cannot be deleted: {fault.strerror or fault}", hint="Close what holds it and try again."
         ) from fault

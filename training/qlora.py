@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 Tell = Callable[[Progress], None]
 
 _PACKAGES = {"trl": "trl>=1.14", "datasets": "datasets>=4.7", "peft": "peft>=0.18", "accelerate": "accelerate>=1.10"}
+_OUR_ID = re.compile(r"p_\w+|base:\d+")  # ids of another's data set may be anything, also a secret
 _VERSIONS_OF = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 _JOB, _FACTS, _LOG = "job.json", "facts.json", "processes.log"
 _POLL_S = 0.5
@@ -745,7 +747,7 @@ def _manifest(job: Job, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"name": request.model_name, "digest": request.model_digest, "quantization": job.quantization},
         "data": {"train": {**job.train.to_json(), "rows": len(job.rows)}, "val": job.val.to_json()},
-        "row_ids": sorted(name for name in job.train.ids if name),  # so that forgetting an edit finds its adapters
+        "row_ids": sorted(filter(_OUR_ID.fullmatch, job.train.ids)),  # forgetting an edit finds its adapters by them
         "hyperparameters": request.config.to_json(),
         "num_gpus": request.num_gpus,
         "estimated_memory_bytes": job.needed_bytes,

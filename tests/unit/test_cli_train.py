@@ -15,6 +15,7 @@ from lsp_server import cli, cli_bench, patch_command
 from tests.command_line import Said
 from tests.scripted_engine import Script, ScriptedEngine
 from tests.secret_samples import plant
+from tests.unit.test_adapters import write
 
 TEXT = "def f(a):\n    return a\n"
 
@@ -281,3 +282,50 @@ def test_a_patch_whose_file_was_only_reformatted_is_accepted_as_it_was_made(plan
     assert planpatch("ledger", "accept", made).code == 0
     shown = planpatch.json("ledger", "show", made)
     assert shown["final_text"] is None
+
+
+# --- adapters that learnt --------------------------------------------------------------------------------------------
+
+
+def adapter_of(planpatch: Desk, name: str, row_ids: list[str] | None) -> Path:
+    """An adapter as training leaves it."""
+    folder = write(planpatch.home / "training" / "qlora-out" / name)
+    if row_ids is not None:
+        (folder / "manifest.json").write_text(json.dumps({"row_ids": row_ids}), encoding="utf-8")
+    return folder
+
+
+def test_adapters_that_learnt_what_is_forgotten_are_named(planpatch: Desk) -> None:
+    secret, other = planpatch.keep("secret.py"), planpatch.keep("other.py", 2)
+    learnt, innocent = adapter_of(planpatch, "learnt-v1", [secret]), adapter_of(planpatch, "innocent-v1", [other])
+    adapter_of(planpatch, "foreign", None)
+    (planpatch.home / "training" / "qlora-out" / ".learnt-v2.partial").mkdir()
+    said = planpatch("train", "forget", "--file", "secret.py", "--yes")
+    assert said.code == 0
+    assert "the adapter learnt-v1 has learnt some of it: planpatch adapters rm learnt-v1 removes it" in said.err
+    assert "the adapter foreign does not say what it learnt" in said.err
+    assert "the adapter learnt-v2.partial does not say what it learnt" in said.err
+    assert "innocent" not in said.err and learnt.is_dir() and innocent.is_dir()
+    assert planpatch("adapters", "rm", "learnt-v1").code == 0
+    assert not learnt.exists()
+
+
+def test_adapters_are_removed_on_request_and_none_of_them_stays_in_use(planpatch: Desk) -> None:
+    secret = planpatch.keep("secret.py")
+    folder = adapter_of(planpatch, "learnt-v1", [secret, "p_other"])
+    assert planpatch("adapters", "use", "learnt-v1").code == 0
+    said = planpatch("adapters", "rm", "learnt-v1")
+    assert (said.code, said.err.splitlines()[0]) == (2, "usage: learnt-v1 is used")
+    answer = planpatch.json("train", "forget", "--file", "secret.py", "--adapters", "--yes")
+    assert (answer["adapters"], answer["adapters_removed"], answer["adapters_maybe"]) == (["learnt-v1"], 1, [])
+    assert not folder.exists()
+    assert planpatch.json("adapters", "list") == []
+
+
+def test_forgetting_that_was_cut_off_still_removes_the_adapters(planpatch: Desk) -> None:
+    folder = adapter_of(planpatch, "learnt-v1", [planpatch.keep("secret.py")])
+    pending = planpatch.home / "training" / "forget.json"
+    choice = {"file": str(planpatch.folder / "secret.py"), "adapters": "yes"}
+    pending.write_text(json.dumps(choice), encoding="utf-8")
+    assert "it is ended now" in planpatch("train", "log", "status").err
+    assert not folder.exists() and not pending.exists()

@@ -15,7 +15,6 @@ from training.paired import difference
 from training.promote import (
     decide,
     find_version,
-    learnt_from,
     list_versions,
     note_promotion,
     read_version,
@@ -119,12 +118,8 @@ def test_a_promotion_is_noted_with_what_spoke_against_it(tmp_path: Path) -> None
     assert [(one["insisted"], one["against"]) for one in promotions] == [(True, ["it was never evaluated"])] * 2
 
 
-def test_adapters_that_learnt_an_edit_are_found_and_removed(tmp_path: Path) -> None:
-    for name, ids in (("a-v1", ["p_1", "p_2"]), ("b-v1", ["p_3"]), ("c-v1", None)):
-        folder = write(tmp_path / name)
-        if ids is not None:
-            (folder / "manifest.json").write_text(json.dumps({"row_ids": ids}), encoding="utf-8")
-    found = learnt_from(list_versions(tmp_path), frozenset({"p_2", "p_9"}))
-    assert [one.folder.name for one in found] == ["a-v1"]
-    remove_version(found[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b-v1", "c-v1"]
+def test_an_adapter_is_removed_and_what_a_kill_left_of_another(tmp_path: Path) -> None:
+    write(tmp_path / "b-v1")
+    write(tmp_path / ".c-v1.removed")
+    remove_version(write(tmp_path / "a-v1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["b-v1"]
