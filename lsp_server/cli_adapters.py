@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 adapters_app = typer.Typer(help="Adapters of the model.", no_args_is_help=True, rich_markup_mode=None)
 
-_TAKEN_WITHIN_S = 10.0
+_TAKEN_WITHIN_S = 15.0
+_SILENT = ""
 
 
 @adapters_app.command("list")
@@ -142,14 +143,17 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
     for pid in taken:
         console.say(f"  the server of process {pid} has taken it")
     for pid in others:
-        console.warn(f"the server of process {pid} has not taken it; its log says why")
+        console.warn(f"the server of process {pid} has not taken it, or does not answer; its log says why")
     if not is_chosen:
         source = session.settings.source_of("adapter")
         console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")
 
 
 def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int]]:
-    """Servers that run with the adapter now, and those with a model that still do not after a while."""
+    """Servers that run with the adapter now, and those that after a while still do not, or do not answer.
+
+    One that is still loading its model is neither: it will take what is chosen then.
+    """
     wanted = str(current) if current else None
     deadline = time.monotonic() + _TAKEN_WITHIN_S
     while True:
@@ -161,6 +165,13 @@ def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int]
 
 
 def _live(session: Session) -> dict[int, str | None]:
-    """The adapter's folder of each server of this home that has a model; servers without a listener are not asked."""
-    answers = {server.pid: server.health() for server in listeners(session.paths.runtime_file)}
-    return {pid: answer["adapter_path"] for pid, answer in answers.items() if answer and answer["model_loaded"]}
+    """The adapter's folder of each server of this home that has a model; empty where it did not answer.
+
+    Servers without a listener are not asked.
+    """
+    found: dict[int, str | None] = {}
+    for server in listeners(session.paths.runtime_file):
+        answer = server.health()
+        if answer is None or answer["model_loaded"]:
+            found[server.pid] = _SILENT if answer is None else answer["adapter_path"]
+    return found
