@@ -13,7 +13,10 @@ Functions to learn from and functions to be judged on share no body.
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 INTENT = "Add a one-line docstring to this function, in our house style."
 
@@ -69,6 +72,24 @@ def lessons() -> list[Edit]:
 def fresh() -> list[Edit]:
     """80 edits of the same kind with bodies that no lesson has."""
     return _edits(_FRESH)
+
+
+def write_edits(file: Path, edits: Sequence[Edit]) -> Path:
+    """Held-out edits as `planpatch train evaluate --data` reads them."""
+    lines = [
+        {
+            "id": edit.name,
+            "file_name": f"{edit.name}.py",
+            "before": edit.before,
+            "function": edit.name,
+            "scope": "function",
+            "intent": INTENT,
+            "after": edit.after,
+        }
+        for edit in edits
+    ]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return file
 
 
 def _edits(kinds: tuple[tuple[str, str, tuple[str, ...]], ...]) -> list[Edit]:

@@ -21,7 +21,7 @@ import pytest
 
 from tests import house_style
 from tests.command_line import Said, planpatch, start
-from tests.house_style import INTENT, Edit
+from tests.house_style import INTENT, Edit, write_edits
 from tests.http_server import call
 
 RecordFigure = Callable[[str, float | int | str, str], None]
@@ -104,24 +104,6 @@ def serving(home: Path, workspace: Path) -> Iterator[Server]:
             process.terminate()
             _, err = process.communicate(timeout=60)
     assert "Traceback" not in err, err
-
-
-def write_edits(file: Path, edits: Sequence[Edit]) -> Path:
-    """Held-out edits as `planpatch train evaluate --data` reads them."""
-    lines = [
-        {
-            "id": edit.name,
-            "file_name": f"{edit.name}.py",
-            "before": edit.before,
-            "function": edit.name,
-            "scope": "function",
-            "intent": INTENT,
-            "after": edit.after,
-        }
-        for edit in edits
-    ]
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    return file
 
 
 def train(home: Path, folder: Path, model: Path, **changes: Any) -> Path:
