@@ -11,7 +11,7 @@ from lsp_server.code_actions import short
 from lsp_server.open_files import OpenFile, OpenFiles
 from lsp_server.reading import Reader
 from lsp_server.records import Records
-from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch
+from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch, accept
 
 _MOST_RECALLED = 50
 
@@ -149,6 +149,25 @@ class Labels:
                         )
                     )
             watch.is_settled = finding != "undone"
+
+    async def accept(self, patch_id: str, reason: str) -> None:
+        """Record that the user accepts a patch: as the editor has it now, where they changed it there."""
+        text = await self._changed_text(patch_id)
+        if text is None:
+            await self._records.do(lambda ledger: accept(ledger, patch_id, reason=reason))
+        else:
+            await self._records.do(lambda ledger: ledger.accept(patch_id, reason=reason, final_text=text))
+
+    async def _changed_text(self, patch_id: str) -> bytes | None:
+        """The document's bytes where the patch's function is another there by now; None where it is not open."""
+        for file in self._files:
+            watch = file.watches.get(patch_id)
+            if watch is None or watch.is_undone or watch.has_diverged:
+                continue
+            with suppress(PlanPatchError):  # a text that cannot be read now: what was applied is accepted
+                source = file.source()
+                return source.to_bytes() if await self._read(watch.judge, source) == "changed" else None
+        return None
 
 
 def _what_for(entry: Entry) -> str:

@@ -2,8 +2,8 @@
 
 Undo to the old text is a reject. Else a patch is accepted when it is still there at a save by hand at least 60 s
 after it was applied, or 10 minutes after; "still there" is judged by syntax tree, so a formatter changes nothing. One
-that the user changed is accepted with the text as it is then. An explicit verdict is stronger; the ledger sees to that.
-One that comes over HTTP or from the command line takes the file as it is then, too.
+that the user changed is accepted with the text as it is then, also by an explicit verdict, which is stronger; the
+ledger sees to that.
 
 Not covered: a patch that was moved to another file, and a function that was renamed: these get no label.
 """

@@ -416,7 +416,7 @@ class Workbench:
         """
         if not accepted:
             return await self.reject(patch_id, reason)
-        await self.records.do(lambda ledger: ledger.accept(patch_id, reason=reason))
+        await self.labels.accept(patch_id, reason)
         return {"ok": True, "patchId": patch_id}
 
     def cancel(self, job_id: str | None) -> dict[str, Any]:

@@ -8,12 +8,13 @@ back. The long form shows that the adapter is better on fresh edits; the short o
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ def run_loop(
     must_pass: bool,
 ) -> Loop:
     seconds: dict[str, float] = {}
+    secret = f"ghp_{secrets.token_hex(18)}"
+    first = replace(lessons[0], before=f"{lessons[0].before}\n\nTOKEN = {secret!r}\n")
+    first = replace(first, after=f"{lessons[0].after}\n\nTOKEN = {secret!r}\n")
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -154,7 +158,7 @@ def run_loop(
     with serving(home, folder / "workspace") as server:
         with timed("edits"):
             kept = 0
-            for num_asked, edit in enumerate(lessons, 1):  # noqa: B007
+            for num_asked, edit in enumerate([first, *lessons[1:]], 1):  # noqa: B007
                 kept += server.keep(edit)
                 if kept == num_kept:
                     break
@@ -167,6 +171,8 @@ def run_loop(
 
         with timed("training"):
             adapter = train(home, folder, model, num_epochs=num_epochs)
+        kept_bytes = [file.read_bytes() for file in (home / "training").rglob("*") if file.is_file()]
+        assert all(secret.encode() not in data for data in kept_bytes)
         server.wait_until_ready()
         before = server.health()
         assert before["adapter_path"] is None

@@ -14,9 +14,11 @@ import pytest
 from engine.inference.catalogue import resolve
 from engine.inference.protocol import EngineStatus, GenerationRequest
 from engine.inference.store import ModelStore
+from engine.patching.ledger import Ledger
 from lsp_server import cli, cli_gate
 from tests import house_style
 from tests.command_line import Said
+from tests.learning import accepted
 from tests.scripted_engine import ScriptedEngine
 from tests.tiny_model import tiny_model_files, write_files
 from tests.unit.test_adapters import write
@@ -153,6 +155,24 @@ def test_the_table_and_the_rows(desk: Desk) -> None:
     rows = [json.loads(line) for line in (desk.folder / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in rows] == list(EDITS)
     assert {row["candidate"]["right"] for row in rows} == {True}
+
+
+def test_edits_of_the_journal_are_judged_in_their_whole_files(desk: Desk) -> None:
+    """The gate that refuses the base's answer is known, which a line of the data set alone would not tell."""
+    with Ledger(desk.home / "ledger.sqlite3") as ledger:
+        for name, edit in EDITS.items():
+            tail = "\n\nTAIL = 1  # 🙂\n"
+            file = desk.folder / "work" / f"{name}.py"
+            accepted(ledger, file, edit.before + tail, edit.after + tail, name, house_style.INTENT)
+    made = desk("train", "dataset", "--json").json
+    assert made["val"] > 0
+    edits = desk("train", "evaluate", "--no-general", "--json").json["edits"]
+    assert (edits["data"], edits["rows"], edits["left_out"]) == ("val_from_logs.jsonl", made["val"], {})
+    assert edits["base"]["refused_by"] == {"change": made["val"]}
+    assert edits["candidate"]["exact"] == made["val"]
+    train = desk.home / "training" / "data" / "train_from_logs.jsonl"
+    said = desk("train", "evaluate", "--no-general", "--data", str(train))
+    assert said.code == 2 and f"({made['train']} trained on)" in said.err
 
 
 def test_without_held_out_edits_it_says_what_makes_them(desk: Desk) -> None:

@@ -134,6 +134,23 @@ def test_ten_minutes_accept_and_a_formatter_changes_nothing(tmp_path: Path) -> N
     at_desk(tmp_path, story)
 
 
+def test_a_verdict_takes_what_the_editor_has(tmp_path: Path) -> None:
+    """The user's own text was lost where they said that the patch is good before ten minutes were over."""
+
+    async def story(desk: Desk) -> None:
+        patch_id = await desk.patch()
+        desk.type(PATCHED.replace("a + 1", "a + 2"))
+        await desk.bench.feedback(patch_id, True, "nearly")
+        entry = await desk.entry(patch_id)
+        assert (entry.label.value, entry.final_text) == ("accepted", desk.buffer.text.encode())
+        desk.type(PATCHED.replace("a + 1", "(a + 1)"))
+        other = await desk.patch()
+        await desk.bench.feedback(other, True)
+        assert (await desk.entry(other)).final_text is None
+
+    at_desk(tmp_path, story)
+
+
 def test_what_the_user_changed_is_accepted_with_the_final_text(tmp_path: Path) -> None:
     async def story(desk: Desk) -> None:
         patch_id = await desk.patch()
