@@ -206,11 +206,22 @@ def promote(
         console.warn(f"insisted, although {reason}")
     if decision.why:
         console.say(escape(decision.why))
+    _say_what_it_replaces(version, session.adapter())
     choice = AdapterChoice(session.paths.adapter_choice)
     if not (choice.is_made and choice.current == version.folder):
         note_promotion(version, decision, is_insisted=not decision.is_passed)
         choice.use(version.folder)
     say_current(session, as_json, gate=decision.to_json())
+
+
+def _say_what_it_replaces(version: AdapterVersion, current: Path | None) -> None:
+    """The gate compared it with the base model, unless told otherwise; what runs now may be something better."""
+    if current is None or current == version.folder or version.evaluation.get("against") == current.name:
+        return
+    console.warn(
+        f"{version.folder.name} was not compared with {current.name}, which is used now: "
+        f"planpatch train evaluate --adapter {version.folder.name} --against {current.name}"
+    )
 
 
 def register(app: typer.Typer) -> None:

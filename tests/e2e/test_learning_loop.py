@@ -174,8 +174,8 @@ def run_loop(
         kept_bytes = [file.read_bytes() for file in (home / "training").rglob("*") if file.is_file()]
         assert all(secret.encode() not in data for data in kept_bytes)
         server.wait_until_ready()
-        before = server.health()
-        assert before["adapter_path"] is None
+        before = server.health()["adapter_path"]
+        assert before != str(adapter)
 
         held_out = write_edits(folder / "fresh.jsonl", fresh)
         options = ["--general" if general else "--no-general", "--data", str(held_out), "--json"]
@@ -186,7 +186,7 @@ def run_loop(
         refused = planpatch("train", "promote", adapter.name, "--json", cwd=folder)
         assert refused.code == evaluated.code
         if not must_pass:
-            assert refused.json["gate"]["against"] and server.health()["adapter_path"] is None
+            assert refused.json["gate"]["against"] and server.health()["adapter_path"] == before
             promoted = planpatch("train", "promote", adapter.name, "--insist", "--json", cwd=folder)
             assert promoted.code == 0
             assert promoted.json["live_in"] == [server.process.pid]
@@ -195,7 +195,7 @@ def run_loop(
 
         now = server.health()
         assert (now["adapter_path"], now["adapter_version"]) == (str(adapter), evaluated.json["adapter_digest"])
-        (listed,) = planpatch("adapters", "list", "--json", cwd=folder).json
+        listed = {row["version"]: row for row in planpatch("adapters", "list", "--json", cwd=folder).json}["house-v1"]
         assert (listed["version"], listed["used"], listed["live_in"]) == ("house-v1", "yes", [server.process.pid])
         assert listed["evaluation"]["edits"]["rows"] == len(fresh)
         if must_pass:
@@ -203,8 +203,8 @@ def run_loop(
             assert (status, patch["patched"]) == (200, fresh[0].after), "the running server makes it as the user would"
 
         back = planpatch("adapters", "rollback", "--json", cwd=folder).json
-        assert (back["adapter"], back["live_in"]) == ("__none__", [server.process.pid])
-        assert server.health()["adapter_path"] is None
+        assert (back["adapter"], back["live_in"]) == (before or "__none__", [server.process.pid])
+        assert server.health()["adapter_path"] == before
         assert server.process.poll() is None, "all that time it was one server"
     return Loop(num_asked, made, evaluated, seconds)
 

@@ -134,6 +134,18 @@ def test_whoever_insists_is_told_what_speaks_against_it(desk: Desk) -> None:
     assert "used from now on" in said.err
 
 
+def test_an_adapter_that_was_not_compared_with_the_one_in_use_is_told(desk: Desk) -> None:
+    write(desk.out / "other-v1", config={"peft_type": "LORA", "r": 5})
+    assert desk("adapters", "use", "other-v1").code == 0
+    said = desk("train", "promote", "house-v1", "--insist")
+    assert "house-v1 was not compared with other-v1, which is used now" in said.err
+    desk("adapters", "rollback")
+    options = ["--adapter", "house-v1", "--data", "rows.jsonl", "--no-general"]
+    compared = desk("train", "evaluate", *options, "--against", "other-v1", "--json")
+    assert (compared.json["against"], compared.json["edits"]["right"]["won"]) == ("other-v1", 0)
+    assert "was not compared" not in desk("train", "promote", "house-v1", "--insist").err
+
+
 def test_figures_of_other_weights_do_not_count(desk: Desk) -> None:
     desk("train", "evaluate", "--data", "rows.jsonl", "--no-general")
     write(desk.out / "house-v1", config={"peft_type": "LORA", "r": 9})
