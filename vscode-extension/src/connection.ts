@@ -1,7 +1,7 @@
 // One language client for the whole window. It starts with the first Python file, is started anew when what it depends on
 // changes, and tells others of the server's status and jobs. vscode-languageclient is loaded here and not before.
 
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess, type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
 import { existsSync, mkdirSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import * as vscode from "vscode";
@@ -45,7 +45,9 @@ export class Connection implements vscode.Disposable {
   private stderr = "";
   private settings: OwnSettings;
   private current: Status | null = null;
+  private httpProblem = "";
   private stateNow: ConnectionState = "off";
+  private readonly asked = new Map<string, Argument>();
   private isStopping = false;
   private isDisposed = false;
   launch: Launch | null = null;
@@ -130,7 +132,21 @@ export class Connection implements vscode.Disposable {
   /** Run a command that begins a job and wait for the job's end. */
   async job(name: string, argument: Argument): Promise<Job> {
     const started = await this.command<Started>(name, argument);
+    this.asked.set(started.jobId, argument);
     return await this.jobs.end(started.jobId);
+  }
+
+  /** What a job of this server was asked for with. */
+  argumentOf(jobId: string): Argument | undefined {
+    return this.asked.get(jobId);
+  }
+
+  /** Run `planpatch` with other arguments, such as the doctor's, and return what it wrote. */
+  async runTool(args: string[]): Promise<{ stdout: string; stderr: string }> {
+    const launch = this.launch ?? (await this.find());
+    const child = this.spawnTool(launch, args);
+    const [stdout, stderr] = await Promise.all([textOf(child.stdout), textOf(child.stderr), ended(child)]);
+    return { stdout, stderr };
   }
 
   /** Ask the server what it is doing; with a document also what it knows of that. */
@@ -198,9 +214,6 @@ export class Connection implements vscode.Disposable {
         workspace: {
           configuration: (params) =>
             params.items.map((item) => (item.section === "planpatch" ? serverSection(section()) : null)),
-          didChangeConfiguration: async (sections, next) => {
-            await next(sections);
-          },
         },
         window: {
           showDocument: async (params, token, next) => {
@@ -225,10 +238,7 @@ export class Connection implements vscode.Disposable {
   }
 
   private spawn(launch: Launch): Promise<ChildProcess> {
-    const folder = this.context.globalStorageUri.fsPath;
-    mkdirSync(folder, { recursive: true });
-    const env = { ...process.env, ...(this.settings.home === null ? {} : { PLANPATCH_HOME: this.settings.home }) };
-    const child = spawn(launch.command, [...launch.args, "lsp"], { cwd: folder, env, windowsHide: true });
+    const child = this.spawnTool(launch, ["lsp"]);
     this.process = child;
     this.stderr = "";
     child.stderr.on("data", (data: Buffer) => {
@@ -239,6 +249,14 @@ export class Connection implements vscode.Disposable {
       child.once("error", reject);
       child.once("spawn", () => resolve(child));
     });
+  }
+
+  /** Never in a workspace: its folder is the extension's own. */
+  private spawnTool(launch: Launch, args: string[]): ChildProcessWithoutNullStreams {
+    const folder = this.context.globalStorageUri.fsPath;
+    mkdirSync(folder, { recursive: true });
+    const env = { ...process.env, ...(this.settings.home === null ? {} : { PLANPATCH_HOME: this.settings.home }) };
+    return spawn(launch.command, [...launch.args, ...args], { cwd: folder, env, windowsHide: true });
   }
 
   /** The process ended. On purpose: nothing; while it served: start again, or say that it crashes. */
@@ -290,6 +308,7 @@ export class Connection implements vscode.Disposable {
   private forgetServer(): void {
     this.client = null;
     this.current = null;
+    this.asked.clear();
     this.jobs.forgetAll();
   }
 
@@ -310,6 +329,12 @@ export class Connection implements vscode.Disposable {
     if (this.told.isNew(failure) && failure !== null) {
       tellFailure(failure);
     }
+    if (status.httpProblem !== undefined && status.httpProblem !== this.httpProblem) {
+      this.httpProblem = status.httpProblem;
+      if (this.httpProblem !== "") {
+        tellFailure({ kind: "portTaken", detail: this.httpProblem });
+      }
+    }
     this.changed.fire();
   }
 
@@ -322,7 +347,12 @@ export class Connection implements vscode.Disposable {
     if (START_JOBS.has(command) && argument === undefined) {
       return undefined;
     }
-    return await next(command, argument === undefined ? args : [argument]);
+    const answer: unknown = await next(command, argument === undefined ? args : [argument]);
+    const jobId = (answer as Partial<Started> | null)?.jobId;
+    if (argument !== undefined && jobId !== undefined) {
+      this.asked.set(jobId, argument);
+    }
+    return answer;
   }
 
   // --- settings and messages --------------------------------------------------------------------------------------------
@@ -380,6 +410,21 @@ async function interpreter(): Promise<string | null> {
   }>("ms-python.python");
   const api = await extension?.activate();
   return api?.environments?.getActiveEnvironmentPath().path ?? null;
+}
+
+async function textOf(stream: NodeJS.ReadableStream): Promise<string> {
+  const chunks: Buffer[] = [];
+  for await (const chunk of stream) {
+    chunks.push(chunk as Buffer);
+  }
+  return Buffer.concat(chunks).toString("utf8");
+}
+
+function ended(child: ChildProcess): Promise<void> {
+  return new Promise((resolve, reject) => {
+    child.once("error", reject);
+    child.once("close", () => resolve());
+  });
 }
 
 async function withTimeout<T>(work: Promise<T>, ms: number, failure: () => Error): Promise<T> {

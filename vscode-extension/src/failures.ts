@@ -14,7 +14,8 @@ export type FailureKind =
   | "noMemory"
   | "held"
   | "modelFailed"
-  | "portTaken";
+  | "portTaken"
+  | "installFailed";
 
 /** What a button does; `connection.ts` and `commands.ts` know how. */
 export type Remedy =
@@ -41,6 +42,7 @@ export const REMEDIES: Record<FailureKind, Remedy[]> = {
   held: ["restart", "chooseModel"],
   modelFailed: ["log", "doctor", "chooseModel"],
   portTaken: ["settings"],
+  installFailed: ["log", "install", "settings"],
 };
 
 export interface Failure {

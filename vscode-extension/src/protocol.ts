@@ -1,7 +1,8 @@
 // The server's shapes, as lsp_server/{workbench,edit_jobs,language_server}.py and engine/patching write them. Nothing else
 // in the extension knows how the server spells things.
 
-export const CLIENT_OPTIONS = { notifications: true, presents: ["patches", "model"] } as const;
+/** What `initialize` asks for: our notifications, and that patches, ends of jobs and the model's state are left to us. */
+export const CLIENT_OPTIONS = { notifications: true, presents: true } as const;
 
 /** The oldest server that has everything the extension asks for, and the first version that may differ. */
 export const SERVER_VERSIONS = { atLeast: "0.1.0", below: "0.2.0" } as const;
@@ -207,11 +208,27 @@ export interface ModelInfo {
   [fact: string]: unknown;
 }
 
+/** The A/B gate's figures, as far as they are shown; training/evaluate.py writes them into an adapter's manifest. */
+export interface Evaluation {
+  edits?: { rows: number; base: { right: number }; candidate: { right: number } };
+  general?: { tasks: number; base: number; candidate: number };
+}
+
 export interface AdapterInfo {
-  path: string;
-  name: string;
+  folder: string;
+  used: boolean;
   base: string;
-  isCurrent: boolean;
-  problem: string;
-  ab?: Record<string, unknown>;
+  /** `ok`, or why it cannot be used. */
+  state: string;
+  evaluation: Evaluation | null;
+}
+
+export interface Adapters {
+  adapter: string | null;
+  setting: string;
+  adapters: AdapterInfo[];
+}
+
+export interface Models extends Status {
+  models: ModelInfo[];
 }

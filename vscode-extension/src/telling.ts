@@ -9,7 +9,9 @@ import type { ServerError } from "./protocol";
 export function tellFailure(failure: Failure): void {
   const titles = new Map(REMEDIES[failure.kind].map((remedy) => [remedyTitle(remedy), remedy]));
   const message = [failureText(failure.kind), failure.detail].filter((part) => part !== "").join(" ");
-  const shown = vscode.window.showErrorMessage(`PlanPatch: ${message}`, ...titles.keys());
+  const isMild = failure.kind === "noModel" || failure.kind === "portTaken" || failure.kind === "untrusted";
+  const show = isMild ? vscode.window.showInformationMessage : vscode.window.showErrorMessage;
+  const shown = show(`PlanPatch: ${message}`, ...titles.keys());
   void shown.then(async (title) => {
     const remedy = title === undefined ? undefined : titles.get(title);
     if (remedy !== undefined) {
@@ -44,6 +46,8 @@ export function failureText(kind: FailureKind): string {
       return vscode.l10n.t("The model cannot be loaded.");
     case "portTaken":
       return vscode.l10n.t("The port for HTTP is taken; editing is not affected.");
+    case "installFailed":
+      return vscode.l10n.t("The server could not be installed.");
   }
 }
 
@@ -82,7 +86,8 @@ async function applyRemedy(remedy: Remedy): Promise<void> {
     pull: "planpatch.ui.pull",
     chooseModel: "planpatch.ui.chooseModel",
   };
-  await vscode.commands.executeCommand(commands[remedy], ...(remedy === "settings" ? ["@ext:planpatch.planpatch"] : []));
+  const args: Partial<Record<Remedy, string>> = { settings: "@ext:planpatch.planpatch", pull: "current" };
+  await vscode.commands.executeCommand(commands[remedy], args[remedy]);
 }
 
 /** An error of the server as one sentence with its hint. */
