@@ -100,14 +100,24 @@ class Chromium:
             self._process.kill()
             self._process.wait()
 
-    def open(self, url: str, *, width: int = 1000, height: int = 900) -> Page:
-        """A new tab at an address; what goes wrong from its first request on is noted."""
+    def open(self, url: str, *, width: int = 1000, height: int = 900, script: str = "") -> Page:
+        """A new tab at an address; what goes wrong from its first request on is noted.
+
+        Args:
+            url: The address.
+            width: Of the page.
+            height: Of the page.
+            script: JavaScript that runs before the page's own.
+
+        Returns:
+            The tab.
+        """
         target = self.command("Target.createTarget", {"url": "about:blank", "newWindow": True})
         attached = self.command("Target.attachToTarget", {"targetId": target["targetId"], "flatten": True})
         page = self._pages[attached["sessionId"]] = Page(self, attached["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             page.command(f"{domain}.enable")
-        page.command("Page.addScriptToEvaluateOnNewDocument", {"source": _TELL_VIOLATIONS})
+        page.command("Page.addScriptToEvaluateOnNewDocument", {"source": _TELL_VIOLATIONS + script})
         page.look(width=width, height=height)
         page.go(url)
         return page
