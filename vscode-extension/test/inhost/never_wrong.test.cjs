@@ -31,8 +31,7 @@ describe("edits by the user while a patch is made", () => {
       try {
         await sequence.run();
       } catch (error) {
-        error.message = `seed ${seed}, number ${number}: ${error.message}\n${sequence.story.join("\n")}`;
-        throw error;
+        throw new Error(`seed ${seed}, number ${number}\n${sequence.story.join("\n")}`, { cause: error });
       }
     }
     console.log(`suite: figures ${JSON.stringify(told)}`);

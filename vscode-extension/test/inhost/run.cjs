@@ -21,6 +21,9 @@ exports.run = async () => {
 function Lines(runner) {
   runner.on("pass", (test) => console.log(`suite: ok - ${test.fullTitle()} (${test.duration} ms)`));
   runner.on("pending", (test) => console.log(`suite: left out - ${test.fullTitle()}`));
-  runner.on("fail", (test, error) => console.log(`suite: FAILED - ${test.fullTitle()}\n${error.stack ?? error}`));
+  runner.on("fail", (test, error) => {
+    const told = [error.stack ?? error, error.cause?.stack ?? ""].join("\n");
+    console.log(`suite: FAILED - ${test.fullTitle()}\n${told}`);
+  });
   runner.on("end", () => console.log(`suite: ${runner.stats?.passes} passed, ${runner.failures} failed`));
 }
