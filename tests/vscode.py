@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "files.autoSave": "off",
     "files.simpleDialog.enable": True,
     "git.enabled": False,
+    "remote.autoForwardPorts": False,
     "security.workspace.trust.enabled": False,
     "telemetry.telemetryLevel": "off",
     "update.mode": "none",
@@ -121,7 +122,7 @@ class VSCode:
         if kind is not None:
             self.picture(self.folder / "failed.png")
             print(f"VS Code's window when it failed: {self.folder / 'failed.png'}\n{self.page.text()[:4000]}")
-            print(self.output_of_extensions()[-6000:])
+            print(f"{self.log_of('PlanPatch')[-4000:]}\n{self.log_of('remoteexthost')[-1000:]}")
         self.stop()
 
     # --- its processes -----------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class VSCode:
                 stderr=log,
                 start_new_session=True,
             )
-        self._wait_until(self._answers, "VS Code's server does not answer")
+        wait_until(self._answers, "VS Code's server does not answer")
         profile = self.folder / f"browser-{self._number}"
         profile.mkdir()
         self._browser = Chromium(self._chromium, profile)
@@ -154,6 +155,7 @@ class VSCode:
         url = f"http://127.0.0.1:{self._port}/?folder={quote(str(self._workspace))}&payload={quote(payload)}"
         width, height = self._size
         self.page = page = self._browser.open(url, width=width, height=height, script=_KEEP_WHAT_A_SUITE_SAYS)
+        page.command("Emulation.setFocusEmulationEnabled", {"enabled": True})  # messages wait for a window in focus
         if "extensionTestsPath" not in self._payload:
             self.wait_for(".explorer-folders-view .monaco-list-row")
         return page
@@ -167,9 +169,7 @@ class VSCode:
         Returns:
             Its exit code, 0 if it passed, and what it printed.
         """
-        self._wait_until(
-            lambda: self.page.evaluate("window.codeOfSuite !== undefined"), "the suite has no end", limit_s
-        )
+        wait_until(lambda: self.page.evaluate("window.codeOfSuite !== undefined"), "the suite has no end", limit_s)
         said = "\n".join(self.page.evaluate("window.saidBySuite"))
         return Ran(self.page.evaluate("window.codeOfSuite"), said)
 
@@ -212,7 +212,8 @@ class VSCode:
             *(str(self._installed.node), str(self._installed.server)),
             *("--accept-server-license-terms", "--telemetry-level", "off", "--disable-workspace-trust"),
             *("--server-data-dir", str(self.folder / "server"), "--user-data-dir", str(user)),
-            *("--extensions-dir", str(extensions), "--enable-smoke-test-driver"),
+            *("--extensions-dir", str(extensions)),
+            *(["--enable-smoke-test-driver"] if "extensionTestsPath" in self._payload else []),  # it shows no messages
         ]
 
     def _server_environment(self) -> dict[str, str]:
@@ -236,6 +237,11 @@ class VSCode:
         finally:
             connection.close()
 
+    @property
+    def process_id(self) -> int:
+        """Of the server, whose descendants the extension host and the language servers are."""
+        return self._server.pid
+
     # --- what is seen ------------------------------------------------------------------------------------------------
 
     def texts(self, selector: str, text: str = "") -> list[str]:
@@ -250,13 +256,13 @@ class VSCode:
 
     def wait_for(self, selector: str, text: str = "", limit_s: float = LIMIT_S) -> str:
         """Wait until such an element is visible, and return what it says."""
-        return self._wait_until(lambda: self.texts(selector, text), f"no {selector} {text!r}", limit_s)[0]
+        return wait_until(lambda: self.texts(selector, text), f"no {selector} {text!r}", limit_s)[0]
 
     def wait_until_gone(self, selector: str, text: str = "", limit_s: float = LIMIT_S) -> None:
         """Wait until no such element is visible."""
-        self._wait_until(lambda: not self.sees(selector, text), f"still {selector} {text!r}", limit_s)
+        wait_until(lambda: not self.sees(selector, text), f"still {selector} {text!r}", limit_s)
 
-    def editor_text(self, editor: str = ".editor-instance") -> str:
+    def editor_text(self, editor: str = ".editor-group-container.active .editor-instance") -> str:
         """The lines of the editor that are on the screen, as they are read from top to bottom."""
         lines = f"[...document.querySelectorAll({json.dumps(editor + ' .view-line')})]"
         placed = f"{lines}.map((line) => [parseFloat(line.style.top), line.textContent])"
@@ -271,7 +277,7 @@ class VSCode:
             text = self.editor_text()
             return text if check(text) else ""
 
-        return self._wait_until(looked, f"the editor lacks {holds!r}", limit_s)
+        return wait_until(looked, f"the editor lacks {holds!r}", limit_s)
 
     def picture(self, path: Path) -> Path:
         """The window as a PNG."""
@@ -279,12 +285,14 @@ class VSCode:
         path.write_bytes(base64.b64decode(told["data"]))
         return path
 
-    def output_of_extensions(self) -> str:
-        """What the extension host and the extensions logged."""
-        logs = sorted((self.folder / "user").rglob("*.log")) + sorted((self.folder / "server").rglob("*.log"))
-        return "\n".join(
-            f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.stat().st_size
-        )
+    def log_of(self, name: str) -> str:
+        """What was logged under a name: `remoteexthost` is the extension host, `PlanPatch` the extension's own."""
+        logs = sorted(self.folder.glob(f"[us]*/**/*{name}.log"))
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
+
+    def wait_for_extensions(self) -> None:
+        """Wait until the extension host has started what starts with it."""
+        wait_until(lambda: "Eager extensions activated" in self.log_of("remoteexthost"), "no extension host")
 
     # --- what a user does --------------------------------------------------------------------------------------------
 
@@ -345,7 +353,7 @@ class VSCode:
 
     def _fill(self, text: str) -> None:
         self.wait_for(".quick-input-widget .quick-input-box input")
-        self._wait_until(
+        wait_until(
             lambda: self.page.evaluate("document.activeElement?.closest('.quick-input-widget') !== null"), "no focus"
         )
         self.press("Control+A")
@@ -375,14 +383,25 @@ class VSCode:
             then()
         self.click(entry, title)
 
-    def _wait_until(self, look: Callable[[], _Value], what: str, limit_s: float = LIMIT_S) -> _Value:
-        until = time.monotonic() + limit_s
-        while True:
-            value = look()
-            if value:
-                return value
-            assert time.monotonic() < until, f"{what} within {limit_s:g} s"
-            time.sleep(0.05)
+
+def wait_until(look: Callable[[], _Value], what: str, limit_s: float = LIMIT_S) -> _Value:
+    """Look until there is something to see.
+
+    Args:
+        look: What it returns counts when it is true.
+        what: Said when nothing comes.
+        limit_s: How long to look.
+
+    Returns:
+        What was seen.
+    """
+    until = time.monotonic() + limit_s
+    while True:
+        value = look()
+        if value:
+            return value
+        assert time.monotonic() < until, f"{what} within {limit_s:g} s"
+        time.sleep(0.05)
 
 
 def _free_port() -> int:

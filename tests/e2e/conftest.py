@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,7 +56,7 @@ def vsix(vscode_installed: Installed, tmp_path_factory: pytest.TempPathFactory) 
     environment = {
         **vscode_installed.environment(),
         "npm_config_offline": "true",
-        "npm_config_registry": "http://127.0.0.1:9/",
+        "PLANPATCH_PYTHON": sys.executable,
     }
     packed = subprocess.run(
         [*npm, "run", "package"],
