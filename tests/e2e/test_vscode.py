@@ -99,7 +99,8 @@ def test_nothing_starts_before_a_python_file_is_open_and_a_server_that_is_killed
         assert servers(code) == []
 
         code.open("clamp.py")
-        (first,) = wait_until(lambda: servers(code), "no server was started")
+        wait_until(lambda: "planpatch 0" in code.log_of("PlanPatch"), "no server was started")
+        (first,) = servers(code)
         first.kill()
         (second,) = wait_until(lambda: [one for one in servers(code) if one.pid != first.pid], "no server came back")
         assert second.pid != first.pid
