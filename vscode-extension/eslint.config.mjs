@@ -13,4 +13,10 @@ export default tseslint.config(
       curly: "error",
     },
   },
+  {
+    files: ["test/inhost/*.cjs"],
+    ...tseslint.configs.disableTypeChecked,
+    languageOptions: { parserOptions: { projectService: false, project: false, sourceType: "commonjs" } },
+    rules: { ...tseslint.configs.disableTypeChecked.rules, "@typescript-eslint/no-require-imports": "off" },
+  },
 );

@@ -43,6 +43,7 @@ export class Connection implements vscode.Disposable {
   private client: LanguageClient | null = null;
   private process: ChildProcess | null = null;
   private stderr = "";
+  private exit: number | string | null = null;
   private settings: OwnSettings;
   private current: Status | null = null;
   private httpProblem = "";
@@ -223,11 +224,19 @@ export class Connection implements vscode.Disposable {
         },
       },
     };
-    const client = new LanguageClient("planpatch", "PlanPatch", () => this.spawn(launch), options);
+    class QuietClient extends LanguageClient {
+      override error(message: string, data?: unknown): void {
+        super.error(message, data, false); // what the user has to know is told with its buttons
+      }
+    }
+    const client = new QuietClient("planpatch", "PlanPatch", () => this.spawn(launch), options);
     client.onNotification("planpatch/status", (status: Status) => this.statusCame(client, status));
     client.onNotification("planpatch/job", (job: Job) => this.jobs.update(job));
     this.client = client;
     await withTimeout(client.start(), START_MS, () => this.notStarted());
+    if (client.initializeResult === undefined) {
+      throw this.notStarted(); // it ended before it answered, and `start` resolves all the same
+    }
     this.serverVersion = client.initializeResult?.serverInfo?.version ?? "";
     this.log.info(`planpatch ${this.serverVersion} from ${launch.command} (${launch.source})`);
     if (!isCompatible(this.serverVersion, SERVER_VERSIONS)) {
@@ -241,10 +250,11 @@ export class Connection implements vscode.Disposable {
     const child = this.spawnTool(launch, ["lsp"]);
     this.process = child;
     this.stderr = "";
+    this.exit = null;
     child.stderr.on("data", (data: Buffer) => {
       this.stderr = (this.stderr + data.toString("utf8")).slice(-STDERR_KEPT);
     });
-    child.once("exit", (code) => this.processEnded(child, code));
+    child.once("exit", (code, signal) => this.processEnded(child, code ?? signal));
     return new Promise((resolve, reject) => {
       child.once("error", reject);
       child.once("spawn", () => resolve(child));
@@ -260,27 +270,28 @@ export class Connection implements vscode.Disposable {
   }
 
   /** The process ended. On purpose: nothing; while it served: start again, or say that it crashes. */
-  private processEnded(child: ChildProcess, code: number | null): void {
+  private processEnded(child: ChildProcess, exit: number | string | null): void {
     if (child !== this.process) {
       return;
     }
     this.process = null;
+    this.exit = exit;
     if (this.isStopping || this.stateNow !== "running") {
       return; // `start` tells of one that never served
     }
-    this.log.error(`the server ended with code ${code ?? "unknown"}`);
+    this.log.error(`the server ended: ${exit ?? "unknown"}`);
     this.forgetServer();
     if (this.crashes.record()) {
       this.setState("off");
       this.restarts.request().catch(() => undefined);
     } else {
       this.setState("failed");
-      this.fail("crashed", startFailure(code, this.stderr).detail);
+      this.fail("crashed", startFailure(exit, this.stderr).detail);
     }
   }
 
   private notStarted(): Error {
-    const failure = startFailure(this.process?.exitCode ?? null, this.stderr);
+    const failure = startFailure(this.exit, this.stderr);
     return this.fail(failure.kind, failure.detail);
   }
 
