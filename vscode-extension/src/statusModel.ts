@@ -17,7 +17,7 @@ export interface Bar {
 export function bar(state: ConnectionState, status: Status | null, jobs: Job[], t: Translate): Bar {
   const say = (icon: string, words: string, severity: Bar["severity"] = "none"): Bar => ({
     text: `$(${icon}) ${words}`,
-    label: `PlanPatch: ${words}`,
+    label: words.startsWith("PlanPatch") ? words : `PlanPatch: ${words}`,
     severity,
   });
   const [first] = jobs;
