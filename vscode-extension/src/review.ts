@@ -386,11 +386,17 @@ export async function openDiff(texts: Texts, entry: Entry): Promise<void> {
   const edit = entry.edits[0];
   const selection = edit === undefined ? undefined : new vscode.Range(edit.start_line - 1, 0, edit.start_line - 1, 0);
   await vscode.commands.executeCommand("vscode.diff", before, after, title, {
-    viewColumn: vscode.ViewColumn.Beside,
+    viewColumn: besideCode(entry),
     preserveFocus: true,
     preview: true,
     selection,
   });
+}
+
+/** Next to the code, and in the plan's place where that is open: three columns leave room for none. */
+function besideCode(entry: Entry): vscode.ViewColumn {
+  const code = vscode.window.visibleTextEditors.find((editor) => editor.document.uri.fsPath === entry.path);
+  return code?.viewColumn === vscode.ViewColumn.One ? vscode.ViewColumn.Two : vscode.ViewColumn.Beside;
 }
 
 export function entryName(entry: Pick<Entry, "scope" | "path">): string {
