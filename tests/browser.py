@@ -48,7 +48,19 @@ _FLAGS = (
 _TELL_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => console.error("policy: " + event.effectiveDirective));
 """
-_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "Backspace": 8, "Delete": 46, ".": 190, "/": 191, ";": 186, "[": 219, "]": 221}
+_KEYS = {
+    "Enter": 13,
+    "Escape": 27,
+    "Tab": 9,
+    " ": 32,
+    "Backspace": 8,
+    "Delete": 46,
+    ".": 190,
+    "/": 191,
+    ";": 186,
+    "[": 219,
+    "]": 221,
+}
 _KEYS |= {name: 33 + number for number, name in enumerate(("PageUp", "PageDown", "End", "Home"))}
 _KEYS |= {f"Arrow{name}": 37 + number for number, name in enumerate(("Left", "Up", "Right", "Down"))}
 _KEYS |= {f"F{number}": 111 + number for number in range(1, 13)} | {
