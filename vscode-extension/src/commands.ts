@@ -15,7 +15,7 @@ import { openDiff, type Reviews } from "./review";
 import { bytes, evaluationWords } from "./statusModel";
 import type { StatusView } from "./statusView";
 import { said, serverError, tellFailure } from "./telling";
-import type { Texts } from "./texts";
+import { SCHEME, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
@@ -32,6 +32,16 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   const { connection, texts, reviews, plans, ledger, status } = parts;
   const history = new History(context.globalState, () => connection.own.historySize);
   connection.complete = (command, argument) => complete(command, argument, history);
+
+  /** The file of the active editor, also where that shows a diff of it. */
+  function activeFile(): vscode.Uri {
+    const uri = vscode.window.activeTextEditor?.document.uri;
+    const file = uri === undefined ? undefined : texts.fileOf(uri);
+    if (file?.scheme !== "file" || !/\.pyi?$/.test(file.path)) {
+      throw new UserError(t("Open a Python file first."));
+    }
+    return file;
+  }
 
   const commands: Record<string, (...args: unknown[]) => unknown> = {
     // writing
@@ -137,7 +147,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   }
 
   async function openPlan(): Promise<void> {
-    const { plans: known = [] } = await connection.askStatus(activePython().document.uri);
+    const { plans: known = [] } = await connection.askStatus(activeFile());
     const items = known.map((one) => ({
       label: one.function === "" ? t("the whole file") : one.function,
       description: one.intent,
@@ -211,8 +221,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
 
   async function turn(command: "planpatch.rollback" | "planpatch.redo", which: unknown): Promise<void> {
     const id = idOf(which);
-    const argument: Argument =
-      id === undefined ? { uri: connection.uriText(activePython().document.uri) } : { patchId: id };
+    const argument: Argument = id === undefined ? { uri: connection.uriText(activeFile()) } : { patchId: id };
     const job = await connection.job(command, argument);
     if (job.ok === true) {
       const words = command === "planpatch.rollback" ? t("PlanPatch: rolled back.") : t("PlanPatch: applied again.");
@@ -378,7 +387,7 @@ async function setSetting(name: string, value: string | undefined): Promise<void
 
 function activePython(): vscode.TextEditor {
   const editor = vscode.window.activeTextEditor;
-  if (editor?.document.languageId !== "python") {
+  if (editor?.document.languageId !== "python" || editor.document.uri.scheme === SCHEME) {
     throw new UserError(t("Open a Python file and put the cursor into a function."));
   }
   if (editor.document.uri.scheme !== "file") {

@@ -35,10 +35,9 @@ export function patchedLines(edits: Edit[]): Lines[] {
 }
 
 /** The hunk at a line, or the nearest one; -1 for no hunks. */
-export function hunkAt(edits: Edit[], line: number): number {
+export function hunkAt(places: Lines[], line: number): number {
   let [best, distance] = [-1, Infinity];
-  edits.forEach((edit, index) => {
-    const { start: first, end } = baseLines(edit);
+  places.forEach(({ start: first, end }, index) => {
     const away = line < first ? first - line : line > end ? Math.max(0, line - Math.max(first, end)) : 0;
     if (away < distance) {
       [best, distance] = [index, away];
@@ -47,15 +46,11 @@ export function hunkAt(edits: Edit[], line: number): number {
   return best;
 }
 
-/** The hunk after (or before) a line, around the end. */
-export function nextHunk(edits: Edit[], line: number, step: 1 | -1): number {
-  if (edits.length === 0) {
-    return -1;
-  }
-  const order = edits.map((_, index) => index).sort((a, b) => start(edits[a]) - start(edits[b]));
-  const walk = step === 1 ? order : order.reverse();
-  const beyond = (index: number): boolean => (start(edits[index]) - 1 - line) * step > 0;
-  return walk.find(beyond) ?? (walk[0] as number);
+/** The hunk after (or before) a line, around the end; -1 for no hunks. */
+export function nextHunk(places: Lines[], line: number, step: 1 | -1): number {
+  const startOf = (index: number): number => places[index]?.start ?? 0;
+  const order = places.map((_, index) => index).sort((a, b) => (startOf(a) - startOf(b)) * step);
+  return order.find((index) => (startOf(index) - line) * step > 0) ?? order[0] ?? -1;
 }
 
 /** A hunk as a diff, for a hover. */

@@ -16,7 +16,7 @@ import {
 } from "./ledgerModel";
 import type { Entry, Gate, PatchState, Summary } from "./protocol";
 import { said } from "./telling";
-import type { Texts } from "./texts";
+import { besideColumn, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
@@ -161,7 +161,7 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
     const entry = await this.entry(id);
     const title = entry.state === "refused" ? t("Why this was refused") : t("What the gates said");
     const uri = this.texts.set(`why-${id}`, `${title}.md`, whyText(entry, title));
-    await vscode.window.showTextDocument(uri, { viewColumn: vscode.ViewColumn.Beside, preview: true });
+    await vscode.window.showTextDocument(uri, { viewColumn: besideColumn(), preview: true });
   }
 }
 

@@ -6,13 +6,12 @@ import type { Connection } from "./connection";
 import { hasEnded } from "./jobs";
 import { lensLineOf, type PlanMark, planMark } from "./planMark";
 import type { Argument, Job } from "./protocol";
-import type { Texts } from "./texts";
+import { besideColumn, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
 export class PlanView implements vscode.CodeLensProvider {
   private readonly written = new Map<string, string>();
-  private column: vscode.ViewColumn | undefined;
 
   constructor(
     context: vscode.ExtensionContext,
@@ -53,23 +52,22 @@ export class PlanView implements vscode.CodeLensProvider {
     const title = t("Plan for {0}", job.function === "" ? t("the whole file") : job.function);
     const uri = this.texts.set(id, `${title}.md`, `# ${title}\n\n## Plan\n\n${text}▍\n`);
     if (isFirst) {
-      const editor = await vscode.window.showTextDocument(uri, {
-        viewColumn: vscode.ViewColumn.Beside,
+      await vscode.window.showTextDocument(uri, {
+        viewColumn: besideColumn(),
         preserveFocus: true,
         preview: true,
       });
-      this.column = editor.viewColumn;
       if (!this.written.has(job.jobId)) {
         await this.texts.close(id); // it ended while the editor opened
       }
     }
   }
 
-  /** A file that the server wants shown: a plan where it was streamed, anything else beside. */
+  /** A file that the server wants shown: a plan, or what stands against a roll-back. */
   private async open(uri: vscode.Uri): Promise<boolean> {
     const document = await vscode.workspace.openTextDocument(uri);
-    const isPlan = planMark(document.lineAt(0).text) !== null;
-    const viewColumn = (isPlan ? this.column : undefined) ?? vscode.ViewColumn.Beside;
+    const mark = planMark(document.lineAt(0).text);
+    const viewColumn = besideColumn(mark === null ? undefined : vscode.Uri.file(mark.path));
     const editor = await vscode.window.showTextDocument(document, { viewColumn, preview: false });
     const line = lensLineOf(document.getText().split("\n"));
     editor.revealRange(new vscode.Range(line, 0, line, 0), vscode.TextEditorRevealType.InCenterIfOutsideViewport);

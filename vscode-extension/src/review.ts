@@ -3,11 +3,12 @@
 
 import * as vscode from "vscode";
 import type { Connection } from "./connection";
-import { baseLines, hunkAt, hunkDiff, lensLine, nextHunk, patchedLines } from "./hunks";
+import { baseLines, hunkAt, hunkDiff, lensLine, type Lines, nextHunk, patchedLines } from "./hunks";
 import { PatchReview, type Request } from "./patchReview";
+import { planMark } from "./planMark";
 import type { Entry, Job } from "./protocol";
 import { said } from "./telling";
-import { idOf, SCHEME, type Texts } from "./texts";
+import { besideColumn, idOf, SCHEME, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
@@ -118,12 +119,27 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
       doubts.push(t("The text changed while it was written: ask again, or undo your change."));
     }
     [...doubts, ...warnings].forEach((doubt) => void vscode.window.showWarningMessage(`PlanPatch: ${doubt}`));
+    await this.moveToFile(shown);
     if (this.connection.own.review === "preview") {
       await this.preview(id);
     } else if (this.connection.own.review === "diff") {
       await this.showDiff(id);
     }
     vscode.window.setStatusBarMessage(t("PlanPatch: a patch waits in {0}", entryName(shown.entry)), 5000);
+  }
+
+  /** From the plan that it was made from to its first hunk; whoever works elsewhere by now stays there. */
+  private async moveToFile({ entry, uri }: Shown): Promise<void> {
+    const active = vscode.window.activeTextEditor?.document;
+    const edit = entry.edits[0];
+    if (active?.languageId !== "markdown" || edit === undefined || planMark(active.lineAt(0).text) === null) {
+      return;
+    }
+    const known = vscode.window.visibleTextEditors.find((editor) => key(editor.document.uri) === key(uri));
+    const editor = await vscode.window.showTextDocument(uri, { viewColumn: known?.viewColumn ?? vscode.ViewColumn.One });
+    const line = lensLine(edit, editor.document.lineCount);
+    editor.selection = new vscode.Selection(line, 0, line, 0);
+    editor.revealRange(editor.selection, vscode.TextEditorRevealType.InCenterIfOutsideViewport);
   }
 
   private tellEnd(job: Job): void {
@@ -193,8 +209,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     if (known === undefined) {
       return;
     }
-    const line = vscode.window.activeTextEditor?.selection.active.line ?? 0;
-    const request = known.review.decide(hunk ?? hunkAt(known.entry.edits, line), decision);
+    const request = known.review.decide(hunk ?? this.hunkAtCursor(known.entry), decision);
     this.draw();
     await this.carryOut(known, request);
   }
@@ -280,13 +295,18 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     if (editor === undefined || found === null) {
       return;
     }
-    const hunk = nextHunk(found.entry.edits, editor.selection.active.line, step);
-    const edit = found.entry.edits[hunk];
-    if (edit !== undefined) {
-      const line = lensLine(edit, editor.document.lineCount);
+    const places = placesIn(editor.document, found.entry);
+    const place = places[nextHunk(places, editor.selection.active.line, step)];
+    if (place !== undefined) {
+      const line = Math.max(0, Math.min(place.start, editor.document.lineCount - 1));
       editor.selection = new vscode.Selection(line, 0, line, 0);
       editor.revealRange(editor.selection, vscode.TextEditorRevealType.InCenterIfOutsideViewport);
     }
+  }
+
+  private hunkAtCursor(entry: Entry): number {
+    const editor = vscode.window.activeTextEditor;
+    return editor === undefined ? -1 : hunkAt(placesIn(editor.document, entry), editor.selection.active.line);
   }
 
   // --- what is shown ----------------------------------------------------------------------------------------------------
@@ -294,19 +314,16 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
   provideCodeLenses(document: vscode.TextDocument): vscode.CodeLens[] {
     const patched = this.shown.get(idOf(document.uri));
     if (patched !== undefined) {
-      const places = patchedLines(patched.entry.edits);
-      return document.uri.path.includes("/after/") ? this.lenses(patched, (hunk) => places[hunk]?.start ?? 0) : [];
+      return isAfter(document) ? this.lenses(patched, document) : [];
     }
     return this.of(document.uri)
       .filter(({ review }) => review.phase === "waiting" || review.phase === "applying")
-      .flatMap((shown) =>
-        this.lenses(shown, (hunk) => lensLine(shown.entry.edits[hunk] as Entry["edits"][0], document.lineCount)),
-      );
+      .flatMap((shown) => this.lenses(shown, document));
   }
 
-  private lenses({ review, entry }: Shown, lineOf: (hunk: number) => number): vscode.CodeLens[] {
-    return entry.edits.flatMap((_, hunk) => {
-      const line = Math.max(0, lineOf(hunk));
+  private lenses({ review, entry }: Shown, document: vscode.TextDocument): vscode.CodeLens[] {
+    return placesIn(document, entry).flatMap((place, hunk) => {
+      const line = Math.max(0, Math.min(place.start, document.lineCount - 1));
       const range = new vscode.Range(line, 0, line, 0);
       if (!review.isOpen) {
         return [new vscode.CodeLens(range, { title: t("PlanPatch: applying…"), command: "" })];
@@ -380,23 +397,29 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
 /** The editor's own diff of a proposal, in whatever state it is. */
 export async function openDiff(texts: Texts, entry: Entry): Promise<void> {
   const name = entry.path === null ? "code.py" : (entry.path.split(/[\\/]/).at(-1) ?? "code.py");
+  if (entry.path !== null) {
+    texts.about(entry.id, vscode.Uri.file(entry.path));
+  }
   const before = texts.set(entry.id, `before/${name}`, entry.base);
   const after = texts.set(entry.id, `after/${name}`, entry.patched ?? entry.base);
   const title = t("{0}: {1} (PlanPatch)", name, entry.intent === "" ? entry.id : entry.intent.slice(0, 60));
   const edit = entry.edits[0];
   const selection = edit === undefined ? undefined : new vscode.Range(edit.start_line - 1, 0, edit.start_line - 1, 0);
   await vscode.commands.executeCommand("vscode.diff", before, after, title, {
-    viewColumn: besideCode(entry),
+    viewColumn: besideColumn(entry.path === null ? undefined : vscode.Uri.file(entry.path)),
     preserveFocus: true,
     preview: true,
     selection,
   });
 }
 
-/** Next to the code, and in the plan's place where that is open: three columns leave room for none. */
-function besideCode(entry: Entry): vscode.ViewColumn {
-  const code = vscode.window.visibleTextEditors.find((editor) => editor.document.uri.fsPath === entry.path);
-  return code?.viewColumn === vscode.ViewColumn.One ? vscode.ViewColumn.Two : vscode.ViewColumn.Beside;
+/** Where the hunks of a patch are in a document: the file itself, or the right side of the diff. */
+function placesIn(document: vscode.TextDocument, entry: Entry): Lines[] {
+  return isAfter(document) ? patchedLines(entry.edits) : entry.edits.map(baseLines);
+}
+
+function isAfter(document: vscode.TextDocument): boolean {
+  return document.uri.scheme === SCHEME && document.uri.path.split("/")[2] === "after";
 }
 
 export function entryName(entry: Pick<Entry, "scope" | "path">): string {
