@@ -48,13 +48,25 @@ _FLAGS = (
 _TELL_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => console.error("policy: " + event.effectiveDirective));
 """
-_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "Backspace": 8, "Delete": 46, ".": 190, "/": 191, ";": 186}
+_KEYS = {
+    "Enter": 13,
+    "Escape": 27,
+    "Tab": 9,
+    " ": 32,
+    "Backspace": 8,
+    "Delete": 46,
+    ".": 190,
+    "/": 191,
+    ";": 186,
+    "[": 219,
+    "]": 221,
+}
 _KEYS |= {name: 33 + number for number, name in enumerate(("PageUp", "PageDown", "End", "Home"))}
 _KEYS |= {f"Arrow{name}": 37 + number for number, name in enumerate(("Left", "Up", "Right", "Down"))}
 _KEYS |= {f"F{number}": 111 + number for number in range(1, 13)} | {
     letter: ord(letter) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 }
-_CODES = {" ": "Space", ".": "Period", "/": "Slash", ";": "Semicolon"}
+_CODES = {" ": "Space", ".": "Period", "/": "Slash", ";": "Semicolon", "[": "BracketLeft", "]": "BracketRight"}
 _MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
 
 

@@ -109,9 +109,7 @@ class VSCode:
         self._environment = environment
         self._payload = payload or {}
         self._size = size
-        self._settings = folder / "user" / "User" / "settings.json"
-        self._settings.parent.mkdir(parents=True, exist_ok=True)
-        self._settings.write_text(json.dumps({**SETTINGS, **(settings or {})}, indent=1), encoding="utf-8")
+        self.set(settings or {})
         self._number = 0
 
     def __enter__(self) -> VSCode:
@@ -124,6 +122,15 @@ class VSCode:
             print(f"VS Code's window when it failed: {self.folder / 'failed.png'}\n{self.page.text()[:4000]}")
             print(f"{self.log_of('PlanPatch')[-4000:]}\n{self.log_of('remoteexthost')[-1000:]}")
         self.stop()
+
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Have these settings, besides `SETTINGS`; a VS Code that runs takes them in."""
+        own = {name: value for name, value in settings.items() if name.startswith("planpatch.")}
+        others = {name: value for name, value in settings.items() if name not in own}
+        for scope, table in (("User", {**SETTINGS, **others}), ("Machine", own)):  # our own are the machine's
+            file = self.folder / "user" / scope / "settings.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
     # --- its processes -----------------------------------------------------------------------------------------------
 
@@ -322,7 +329,7 @@ class VSCode:
     def open(self, name: str) -> None:
         """Open a file of the workspace by its name."""
         self.press("Control+P")
-        self._fill(name)
+        self.fill(name)
         self.click(".quick-input-list .monaco-list-row", name)
         self.wait_for(".tab.active", name)
         self.wait_for(".editor-instance .view-lines")
@@ -333,7 +340,7 @@ class VSCode:
         row = ".quick-input-list .monaco-list-row"
         for left in reversed(range(tries)):
             self.press("F1")
-            self._fill(f">{title}")
+            self.fill(f">{title}")
             try:
                 self.wait_for(row, title, 2)
                 break
@@ -345,13 +352,14 @@ class VSCode:
 
     def answer(self, text: str, *, among: bool = False) -> None:
         """Fill in the input box that is open, or choose the entry of a list, and press Enter."""
-        self._fill(text)
+        self.fill(text)
         if among:
             self.click(".quick-input-list .monaco-list-row", text)
         else:
             self.press("Enter")
 
-    def _fill(self, text: str) -> None:
+    def fill(self, text: str) -> None:
+        """Write into the input box that is open, in place of what it holds."""
         self.wait_for(".quick-input-widget .quick-input-box input")
         wait_until(
             lambda: self.page.evaluate("document.activeElement?.closest('.quick-input-widget') !== null"), "no focus"
@@ -362,7 +370,7 @@ class VSCode:
     def go_to(self, line: int, column: int = 1) -> None:
         """Put the cursor somewhere."""
         self.press("Control+G")
-        self._fill(f":{line}:{column}")
+        self.fill(f":{line}:{column}")
         self.press("Enter")
         self.wait_for(".statusbar-item", f"Ln {line}, Col {column}")
         self.wait_until_gone(".quick-input-widget")

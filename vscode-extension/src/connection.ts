@@ -116,7 +116,7 @@ export class Connection implements vscode.Disposable {
     }
     if (this.restarts.isBusy || this.client === null) {
       this.told.isNew(null);
-      await this.restarts.request();
+      await (this.restarts.underWay ?? this.restarts.request()); // a server that is starting will do
     }
     if (this.client === null) {
       throw new AlreadyTold();

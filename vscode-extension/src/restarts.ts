@@ -18,6 +18,11 @@ export class Restarts {
     return this.running !== null || this.next !== null;
   }
 
+  /** The start that is under way or about to be; null for none. Its error goes to whoever waits for it, too. */
+  get underWay(): Promise<void> | null {
+    return this.next ?? this.running;
+  }
+
   /** Ask for a restart that begins after now; resolves when it is done. */
   request(): Promise<void> {
     this.next ??= this.follow(this.running);
