@@ -32,6 +32,7 @@ from engine.inference.catalogue import resolve
 from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
+from lsp_server.adapter_follower import AdapterFollower
 from lsp_server.adapter_reports import known_adapters
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
@@ -88,6 +89,7 @@ class PlanPatchServer(LanguageServer):
         self._host = ModelHost(self._model_changed)
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
+        self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -162,6 +164,7 @@ class PlanPatchServer(LanguageServer):
                 await asyncio.to_thread(process.close)
             if self._bench is not None:
                 await self._bench.close()
+            await asyncio.to_thread(self._follower.close)
             await asyncio.to_thread(self._http.close)
             await asyncio.to_thread(self._host.close)
             self._mark.remove()
@@ -244,6 +247,7 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        self._follower.start()
         self._http.start()
         for process in (self._parsers, self._prover):
             await asyncio.to_thread(process.start)
@@ -269,6 +273,12 @@ class PlanPatchServer(LanguageServer):
     def _facts(self) -> dict[str, Any]:
         """What the status says of this server."""
         return {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
+
+    def _tell_of_adapter(self, message: str, is_done: bool) -> None:
+        self._tell_from_thread(message, Severity.INFO if is_done else Severity.WARNING)
+        if self._loop is not None and is_done:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.bench.tell_status)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
