@@ -306,7 +306,7 @@ def train_here(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     config = job.request.config
     reporter = _Reporter(job, run, tell)
     try:
-        with _device_errors(job), _quiet_libraries():
+        with _device_errors(job), quiet_libraries():
             reporter.say("preparing", f"loading {job.request.model_name}")
             base = load_base(job.request.model, job.request.device, job.quantization, config.precision)
             if config.packing:
@@ -314,7 +314,7 @@ def train_here(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
             trainer = make_trainer(base, job.rows, config, run.checkpoints, job.request.num_gpus)
             reporter.watch(trainer)
             checkpoint = run.last_checkpoint()
-            with _casts_left_to_autocast(trainer):
+            with casts_left_to_autocast(trainer):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             reporter.check_not_stopped()
             reporter.say("finishing", "measuring the losses on what was held out")
@@ -467,8 +467,15 @@ def _no_tokenizer() -> Any:
 
 
 @contextmanager
-def _casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
-    """Without peft's cast of every layer's input to fp32 and autocast's back."""
+def casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
+    """Without peft's cast of every layer's input to fp32 and autocast's back.
+
+    Args:
+        trainer: The trainer, whose model has the adapter.
+
+    Yields:
+        Nothing.
+    """
     from peft.helpers import disable_input_dtype_casting
 
     with disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else nullcontext():
@@ -495,7 +502,7 @@ def held_out_losses(trainer: SFTTrainer, rows: Sequence[Row], config: QloraConfi
     model.eval()
     for name, without in (("loss_before", model.disable_adapter()), ("loss_after", nullcontext())):
         total, count = 0.0, 0
-        with without, torch.no_grad(), trainer.accelerator.autocast(), _casts_left_to_autocast(trainer):
+        with without, torch.no_grad(), trainer.accelerator.autocast(), casts_left_to_autocast(trainer):
             for batch in batches(rows, config.rows_at_once):
                 loss, num_tokens = _summed_loss(model.get_base_model(), batch)
                 total, count = total + loss, count + num_tokens
@@ -543,8 +550,12 @@ def save_adapter(model: Any, folder: Path, dtype: str, base_name: str = "") -> N
 
 
 @contextmanager
-def _quiet_libraries() -> Generator[None]:
-    """Without what transformers and peft say of their own next versions."""
+def quiet_libraries() -> Generator[None]:
+    """Without what transformers and peft say of their own next versions.
+
+    Yields:
+        Nothing.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -788,9 +799,8 @@ def _train_in_processes(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     """
     write_json(run.folder / _JOB, _job_to_json(job.request, run))
     python = [sys.executable, "-I", "-X", "utf8", "-m"]
-    on_cpu = ["--cpu"] if job.request.device == "cpu" else []
     command = [
-        *[*python, "accelerate.commands.launch", "--multi_gpu", *on_cpu, "--num_machines", "1"],
+        *[*python, "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"],
         *["--num_processes", str(job.request.num_gpus), "--mixed_precision", "no", "--dynamo_backend", "no"],
         *["--main_process_port", "0", "--no_python", *python, "training.qlora", "--worker", str(run.folder)],
     ]
