@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from engine.errors import AdapterError
 from engine.inference.adapters import BASE, read_adapter
+from engine.inference.catalogue import shipped_adapter
 from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_options import JsonOption, open_session
@@ -91,10 +92,12 @@ def rm(name: NameArgument, as_json: JsonOption = False) -> None:
 
 @adapters_app.command("list")
 def list_adapters(as_json: JsonOption = False) -> None:
-    """Show the adapters under the home and which one is used."""
+    """Show the adapters under the home, the one that ships for the model, and which one is used."""
     session = open_session({}, None, as_json)
     current = session.adapter()
     folders = sorted(path.parent for path in session.paths.qlora_out.glob("*/adapter_config.json"))
+    shipped = shipped_adapter(session.model_ref().hub_id or "")
+    folders += [shipped.path] if shipped is not None else []
     if current is not None and current not in folders:
         folders.append(current)
     rows = [_adapter_facts(folder, current) for folder in folders]
