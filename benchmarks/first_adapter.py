@@ -2,8 +2,8 @@
 
     python benchmarks/first_adapter.py MODEL_FOLDER TRAIN.jsonl VAL.jsonl --out FOLDER [--rank 8] [--seconds 240]
 
-Rows are `training/reversed_edits`'. Questions are tokenized by the code that asks a model, so a row's tokens are those of
-a request. The loss counts the answer and its end token alone. Rows of like length make a batch and are padded on the
+Rows are `training/reversed_edits`'. Questions are tokenized by the code that asks a model, so a row's tokens are those
+of a request. The loss counts the answer and its end token alone. Rows of like length make a batch and are padded on the
 right, where a causal model cannot see them: no mask, no packing. The adapter is trained in bf16 with fp32 copies of its
 weights in AdamW, and written in fp16. The learning rate is probed: a short run with each, the lowest loss on held-out
 packages wins. The run ends within its time: the number of steps is set by the speed of the first ones.

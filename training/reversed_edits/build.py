@@ -3,8 +3,8 @@
     packages ─▶ functions ─▶ not in any reference ─▶ made worse (faults.py, features.py)
         ─▶ intent and plan of the way back ─▶ the product's own prompt ─▶ read and proved as a model's answer ─▶ rows
 
-Questions are built by the functions that ask a model, and every answer is read back and passes every gate. Rows have the
-shape of `dataset.py`. The same packages, references and seed give the same rows.
+Questions are built by the functions that ask a model, and every answer is read back and passes every gate. Rows have
+the shape of `dataset.py`. The same packages, references and seed give the same rows.
 
 Not covered: whether another way back would be as good; the loss counts one.
 """
@@ -15,6 +15,7 @@ import ast
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import re
 import time
@@ -151,9 +152,11 @@ def build(
         The report.
 
     Raises:
-        UsageError: There are no references.
+        UsageError: There are no references, or this system cannot fork.
         PathError: A package or reference is not there.
     """
+    if not hasattr(os, "fork"):
+        raise UsageError("Functions are tried in forked processes, which this system does not have", hint="Use Linux.")
     if not reference_paths:
         raise UsageError("There is nothing to compare with", hint="Name the files of tasks with --reference.")
     started_at = time.monotonic()
@@ -395,7 +398,7 @@ class _Maker:
         changes = tuple(replace(change, vague=()) for change in made[1])  # a whole file holds more than one suspect
         return self._edit(after, made[0], changes, name, [])
 
-    # --- making it worse -----------------------------------------------------------------------------------------------
+    # --- making it worse ----------------------------------------------------------------------------------------------
 
     def _prepared(self, code: Code) -> str:
         """The function after: as it is, without its docstring, or with a stray comment that must stay."""

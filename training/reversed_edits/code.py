@@ -1,4 +1,4 @@
-"""Text of a definition that can be changed at the places of its syntax tree, so that everything else stays as written."""
+"""Text of a definition that can be changed at the places of its syntax tree; everything else stays as written."""
 
 from __future__ import annotations
 

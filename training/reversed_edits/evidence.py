@@ -14,9 +14,9 @@ import doctest
 import json
 import os
 import random
-import resource
 import select
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -108,7 +108,8 @@ def setting_of(function: FunctionNode, file: ast.Module) -> str | None:
                 lines.append(ast.unparse(node))
                 needed -= names
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id in loaded and _is_literal(node.value) and len(ast.unparse(node)) < 2000:
+            is_short_literal = _is_literal(node.value) and len(ast.unparse(node)) < 2000
+            if node.targets[0].id in loaded and is_short_literal:
                 lines.append(ast.unparse(node))
                 needed.discard(node.targets[0].id)
     needed -= {function.name} | _SAFE_BUILTINS
@@ -197,6 +198,9 @@ def _in_child(setting: str, versions: tuple[str, str], calls: Sequence[str]) -> 
     if pid == 0:
         os.close(reader)
         try:
+            import resource  # not on Windows, where none of this runs
+
+            warnings.simplefilter("ignore")
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
             spaces = [_space(setting, version) for version in versions]
             for call in calls:

@@ -1,7 +1,7 @@
 """Ways in which a function can be wrong: each takes code that works and gives every place where it can be broken so.
 
-A fault comes with wordings of three kinds. What the wording leaves open must be told by the rest of the code, so a fault
-that only its author could repair (a threshold, a message) is worded precisely and never vaguely.
+A fault comes with wordings of three kinds. What the wording leaves open must be told by the rest of the code, so a
+fault that only its author could repair (a threshold, a message) is worded precisely and never vaguely.
 
 Not covered: faults that only tests could tell from another right way to write it; some of what is made is one.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from training.reversed_edits.code import Change, Code, FunctionNode, Splice, body_of, own_nodes, parameters
 
@@ -913,7 +914,7 @@ def lost_part(code: Code, function: FunctionNode) -> Iterator[Change]:
         operator = "and" if isinstance(node.op, ast.And) else "or"
         gone, before = node.values[-1], node.values[-2]
         text, (_, end), rest = code.source(gone), code.span(node), code.span(before)[1]
-        if isinstance(gone, ast.BoolOp) or code.source(node).endswith(")") and not text.endswith(")"):
+        if isinstance(gone, ast.BoolOp) or (code.source(node).endswith(")") and not text.endswith(")")):
             continue
         place = place_of(code, node)
         yield Change(
@@ -935,7 +936,7 @@ def lost_part(code: Code, function: FunctionNode) -> Iterator[Change]:
 def early_return(code: Code, function: FunctionNode) -> Iterator[Change]:
     """The last `return` slid into the loop above it."""
     for block in code.blocks(function):
-        for loop, last in zip(block, block[1:], strict=False):
+        for loop, last in pairwise(block):
             if isinstance(loop, (ast.For, ast.While)) and isinstance(last, ast.Return) and not loop.orelse:
                 moved = code.move_lines(last, last, 4)
                 if not moved or not code.owns_lines(last, last):

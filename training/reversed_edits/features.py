@@ -176,7 +176,6 @@ def _without_parameter(code: Code, argument: ast.arg, default: ast.expr) -> Spli
 def _without_use(code: Code, use: ast.Name, value: str) -> tuple[Splice, str] | None:
     """A use of a parameter becomes its default, or goes with the block that it guards."""
     parent = code.parents[use]
-    name = use.id
     if isinstance(parent, ast.If) and parent.test is use and not parent.orelse and value in ("False", "None"):
         block = next((block for block in _block_lists(code, parent) if parent in block), None)
         done = "; ".join(code.short(statement) for statement in parent.body)

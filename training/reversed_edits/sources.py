@@ -1,7 +1,7 @@
 """Where the code comes from: permissively licensed packages of PyPI, pinned by version and digest.
 
-A package is fetched as a pure-Python wheel and read as a zip file: nothing is installed or imported. Its licence is read
-from the wheel's own metadata, again on every run. Left out: tests, vendored copies, generated files, migrations,
+A package is fetched as a pure-Python wheel and read as a zip file: nothing is installed or imported. Its licence is
+read from the wheel's own metadata, again on every run. Left out: tests, vendored copies, generated files, migrations,
 and files too large to be edited in one go.
 
 Not covered: a licence that one file of a package has and its metadata does not say.
