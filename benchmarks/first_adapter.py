@@ -263,7 +263,7 @@ def _save(model: PeftModel, folder: Path, base_name: str) -> None:
     """A folder that `planpatch adapters use` takes: safetensors in fp16 and the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     path = folder / "adapter_model.safetensors"
     weights = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})

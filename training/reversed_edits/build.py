@@ -20,7 +20,7 @@ import random
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source
 from training.reversed_edits.code import Change, Code, FunctionNode, docstring_of, has_docstring
 from training.reversed_edits.decontaminate import References, read_references
-from training.reversed_edits.evidence import Evidence, find_evidence, setting_of
+from training.reversed_edits.evidence import Evidence, find_evidence, imports_of, setting_of
 from training.reversed_edits.faults import FAULTS
 from training.reversed_edits.features import FEATURES, class_docstring, method
 from training.reversed_edits.intents import documentation_of, intent_of
@@ -50,7 +50,6 @@ _MIN_LINES = 4
 _MOST_LINES = {"function": 80, "class": 70, "module": 110}
 _SHARES = {"function": 1.0, "class": 0.25, "module": 0.12}
 _MAX_FILE_CHARS = 3000
-_MAX_TOKENS = 1536
 _PLAN_TOKENS = 16  # PLAN's budget
 _FAULT_SHARE = 0.72
 _TWO_SHARE = 0.14
@@ -76,6 +75,7 @@ class Options:
         seed: Chooses functions, edits and wordings.
         most_a_package: Most functions that are taken from one package; classes and files are fewer.
         most_tokens: Rows end when this many tokens are reached.
+        most_tokens_a_row: Longer rows are left out.
         general_share: Share of rows that ask for a function from its signature and docstring.
         num_processes: How many packages are read at once.
     """
@@ -83,6 +83,7 @@ class Options:
     seed: int = 1
     most_a_package: int = 120
     most_tokens: int = 12_000_000
+    most_tokens_a_row: int = 1536
     general_share: float = 0.08
     num_processes: int = 2
 
@@ -173,10 +174,34 @@ def build(
             if number % 20 == 0:
                 num_rows = sum(len(each.rows) for each in found)
                 say(f"{number} of {len(work)} packages, {num_rows} rows, {time.monotonic() - started_at:.0f} s")
-    rows, counts = _chosen(found, options)
+        rows, counts = _chosen(found, options)
+        rows = with_general(rows, pool.imap(_general_rows_of_package, work), options)
     report = _write(out, rows, counts, found, references, packages, options)
     say(f"{report['train']['rows']} rows in {time.monotonic() - started_at:.0f} s")
     return report
+
+
+def with_general(
+    rows: Sequence[dict[str, Any]], more: Iterable[Sequence[dict[str, Any]]], options: Options
+) -> list[dict[str, Any]]:
+    """Rows with more that ask for whole functions, up to their share, and all in a new order.
+
+    Args:
+        rows: What was chosen.
+        more: Rows of each package.
+        options: The share.
+
+    Returns:
+        The rows.
+    """
+    num_general = sum(row["stage"] == "general" for row in rows)
+    num_wanted = int(options.general_share / (1 - options.general_share) * (len(rows) - num_general)) - num_general
+    known = {row["id"] for row in rows}
+    new = [row for part in more for row in part if row["id"] not in known]
+    random.Random(options.seed).shuffle(new)
+    mixed = [*rows, *new[: max(0, num_wanted)]]
+    random.Random(options.seed + 2).shuffle(mixed)
+    return mixed
 
 
 # --- one package -----------------------------------------------------------------------------------------------------
@@ -299,7 +324,8 @@ def _row(
 ) -> Iterator[dict[str, Any]]:
     tokenizer: HFChatTokenizer = _worker["tokenizer"]
     num_tokens = len(tokenizer.encode_chat(messages, prefill=prefill + answer))
-    if num_tokens > _MAX_TOKENS:
+    options: Options = _worker["options"]
+    if num_tokens > options.most_tokens_a_row:
         found.counts["too long"] += 1
         return
     question = "\n".join(message.content for message in messages)
@@ -318,6 +344,40 @@ def _row(
         "prompt_version": PROMPT_VERSION,
         "num_tokens": num_tokens,
     }
+
+
+def _general_rows_of_package(work: tuple[Package, Path]) -> list[dict[str, Any]]:
+    """Functions that need nothing but the standard library, asked for by imports, signature and docstring."""
+    package, wheel = work
+    references: References = _worker["references"]
+    options: Options = _worker["options"]
+    rng = random.Random(f"{options.seed} {package.name} general")
+    rows: list[dict[str, Any]] = []
+    for file in read_files(wheel, package.name):
+        if not _parses(file.text):
+            continue
+        code = Code(file.text)
+        for node in code.tree.body:
+            if (
+                not isinstance(node, ast.FunctionDef)
+                or node.decorator_list
+                or not 3 <= node.end_lineno - node.lineno <= 40
+            ):  # type: ignore[operator]
+                continue
+            imports = imports_of(node, code.tree)
+            if imports is None or len(docstring_of(node)) < 30 or len(node.body) < 2:
+                continue
+            start, end = code.lines_of(node, node)
+            text, head_end = code.bytes[start:end].decode(), code.lines_of(node, node.body[0])[1]
+            if not text.isascii() or references.found_in(text, node.name):
+                continue
+            head = "".join(f"{line}\n" for line in imports) + ("\n\n" if imports else "")
+            question = rng.choice(_COMPLETE).format(head=head + code.bytes[start:head_end].decode())
+            answer = f"```python\n{head}{text.rstrip()}\n```"
+            message = [Message("user", question)]
+            rows += _row("general", "complete", "function", file, message, "", answer, Found())
+    rng.shuffle(rows)
+    return rows[: options.most_a_package // 4]
 
 
 class _Maker:

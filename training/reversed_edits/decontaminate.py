@@ -1,8 +1,8 @@
 """No line of what is measured with may be learnt from.
 
 A text is broken into lower-case words and signs, comments and docstrings included, and every 13 in a row are looked
-A text is broken into lower-case words and signs, comments and docstrings included, and every 13 in a row are looked
-the function. Functions that bear the name of a function of a task are dropped too, whatever their text.
+up among those of the references (13 as in Brown et al. 2020, appendix C; in code that is one to two lines). One match
+drops the function. Functions that bear the name of a task's function are dropped too, whatever their text.
 
 Not covered: the same algorithm under other names, and reference sets that are not at hand; the report says what it had.
 """

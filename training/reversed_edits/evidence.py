@@ -16,6 +16,7 @@ import os
 import random
 import select
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,32 @@ def setting_of(function: FunctionNode, file: ast.Module) -> str | None:
                 needed.discard(node.targets[0].id)
     needed -= {function.name} | _SAFE_BUILTINS
     return "\n".join(["from __future__ import annotations", *lines]) if not needed else None
+
+
+def imports_of(function: FunctionNode, file: ast.Module) -> list[str] | None:
+    """What a function imports through its file.
+
+    Args:
+        function: A function of the module's top level.
+        file: Its file.
+
+    Returns:
+        Imports of the standard library; None if the function needs anything else.
+    """
+    text = ast.unparse(function)
+    needed = set(use_of_names(text).unbound) - {function.name} - _SAFE_BUILTINS
+    lines: list[str] = []
+    for node in file.body:
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "level", 0):
+            continue
+        for alias in node.names:
+            name = alias.asname or alias.name.split(".")[0]
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+            if name in needed and module.split(".")[0] in sys.stdlib_module_names:
+                single = ast.ImportFrom(module, [alias], 0) if isinstance(node, ast.ImportFrom) else ast.Import([alias])
+                lines.append(ast.unparse(single))
+                needed.discard(name)
+    return None if needed else lines
 
 
 def _is_literal(node: ast.expr) -> bool:
