@@ -408,10 +408,15 @@ class PlanPatchServer(LanguageServer):
             if await self.editor.begin_progress(token, "PlanPatch: loading the model", message, can_cancel=False):
                 self._host_progress = token
 
+    def _adapter_folder(self) -> Path | None:
+        """The adapter of the model that is loaded, or would be."""
+        local = self._host.local_or_none
+        return self._session.adapter(None if local is None else local.hub_id)
+
     async def _use_adapter(self) -> None:
         engine = self._host.engine_or_none
         if engine is not None:
-            folder = self._session.adapter()
+            folder = self._adapter_folder()
             await asyncio.to_thread(engine.use_adapter, str(folder) if folder else None)
             self.bench.tell_status()
 
@@ -529,7 +534,7 @@ class PlanPatchServer(LanguageServer):
                 self._options["adapter"] = before
                 self._read_settings()
                 raise
-        folder = self._session.adapter()
+        folder = await asyncio.to_thread(self._adapter_folder)  # without a model, `auto` imports torch to look
         known = await asyncio.to_thread(known_adapters, self._session.paths.qlora_out, folder)
         return {
             "adapter": str(folder) if folder else None,
