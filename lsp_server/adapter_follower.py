@@ -51,7 +51,8 @@ class AdapterFollower:
                 continue
             seen = now  # also where it fails: that is told once
             try:
-                folder = self._session_of().adapter()
+                local = self._host.local_or_none
+                folder = self._session_of().adapter(None if local is None else local.hub_id)
                 name = str(folder) if folder else None
                 if name != engine.status().adapter:
                     engine.use_adapter(name)

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from engine.errors import UsageError
 from engine.inference.adapters import BASE, read_adapter
+from engine.inference.catalogue import shipped_adapter
 from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_options import JsonOption, open_session
@@ -29,12 +30,13 @@ _SILENT = ""
 
 @adapters_app.command("list")
 def list_adapters(as_json: JsonOption = False) -> None:
-    """Show the adapters under the home, their figures, and which one is used."""
+    """Show the adapters under the home and the one that ships for the model, their figures, and which one is used."""
     from training.promote import list_versions
 
     session = open_session({}, None, as_json)
-    current = session.adapter()
-    versions = list_versions(session.paths.qlora_out, [] if current is None else [current])
+    current, shipped = session.adapter(), shipped_adapter(session.model_ref().hub_id or "")
+    others = [folder for folder in (current, shipped and shipped.path) if folder is not None]
+    versions = list_versions(session.paths.qlora_out, others)
     live = _live(session)
     rows = [_facts(version, current, live) for version in versions]
     if as_json:

@@ -20,7 +20,7 @@ from engine.patching.ledger import Forgettable, Ledger
 from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_journal import consent_of, journal, places_of
-from lsp_server.cli_options import JsonOption, open_session
+from lsp_server.cli_options import JsonOption, ModelOption, open_session
 from lsp_server.session import Session
 from lsp_server.settings import opts_out
 
@@ -296,3 +296,48 @@ def _counts(found: Forgotten) -> str:
         f"{found.num_proposals} proposals, {found.num_plans} plans, {found.num_documents} plan documents, "
         f"{found.num_journal_lines} journal lines, {found.num_data_lines} lines of data sets"
     )
+
+
+# --- reversed edits --------------------------------------------------------------------------------------------------
+
+
+@train_app.command("reversed-edits")
+def reversed_edits(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the rows and the report.", show_default=False)],
+    reference: Annotated[
+        list[Path],
+        typer.Option(
+            help="What must not be learnt from: a file of tasks, a wheel or a folder of Python. May be repeated.",
+            show_default=False,
+        ),
+    ],
+    wheels: Annotated[Path, typer.Option(help="Where wheels lie; missing ones are fetched from PyPI.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="Another list of packages than the one that comes with it.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses functions, edits and wordings.")] = 1,
+    most_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all rows together.")] = 12_000_000,
+    processes: Annotated[int, typer.Option(min=1, help="Packages that are read at once.")] = 2,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make training data from the code of permissively licensed packages, by reversing edits."""
+    from training.reversed_edits.build import Options, build
+    from training.reversed_edits.sources import read_packages
+
+    session = open_session({"model": model}, None, as_json)
+    with console.pull_progress() as progress:
+        tokenizer = session.local_model(session.model_ref(), progress, pull=False).folder
+    report = build(
+        out,
+        wheels,
+        reference,
+        tokenizer,
+        Options(seed=seed, most_tokens=most_tokens, num_processes=processes),
+        packages=None if packages is None else read_packages(packages),
+        say=lambda text: console.say(escape(text)),
+    )
+    if as_json:
+        console.print_json(report)
+    else:
+        console.say(escape(f"{report['train']['rows']} rows to train on, {report['val']['rows']} held out, in {out}"))

@@ -102,7 +102,7 @@ def list_versions(out: Path, more: Iterable[Path] = ()) -> list[AdapterVersion]:
         One each.
     """
     folders = [config.parent for config in out.glob(f"*/{_CONFIG}") if not config.parent.name.startswith(".")]
-    folders += [folder for folder in more if folder not in folders]
+    folders = list(dict.fromkeys([*folders, *more]))
     return [read_version(folder) for folder in sorted(folders, key=_age)]
 
 

@@ -50,7 +50,7 @@ from engine.errors import (
 from engine.inference.loading import choose_device, free_memory_bytes, read_weights, set_runtime_defaults
 from engine.inference.tokenizer import HFChatTokenizer
 from training.qlora_config import QloraConfig, config_of, find_config, read_config
-from training.qlora_data import Examples, Row, batches, check_rows_are_apart, collate, pack, read_examples
+from training.qlora_data import IGNORED, Examples, Row, batches, check_rows_are_apart, collate, pack, read_examples
 from training.qlora_memory import check_memory, read_shapes
 from training.qlora_run import (
     LOSSES,
@@ -72,11 +72,12 @@ if TYPE_CHECKING:
 
 Tell = Callable[[Progress], None]
 
-_PACKAGES = {"trl": "trl>=1.14", "datasets": "datasets>=4.7", "peft": "peft>=0.18", "accelerate": "accelerate>=1.10"}
+_PACKAGES = {"trl": "trl>=1.14,<2", "datasets": "datasets>=4.7", "peft": "peft>=0.18", "accelerate": "accelerate>=1.10"}
 _OUR_ID = re.compile(r"p_\w+|base:\d+")  # ids of another's data set may be anything, also a secret
 _VERSIONS_OF = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 _JOB, _FACTS, _LOG = "job.json", "facts.json", "processes.log"
 _POLL_S = 0.5
+_HEAD_TOKENS = 512
 _WARM_UP_STEPS = 2  # the first steps choose kernels and grow memory
 
 
@@ -307,7 +308,7 @@ def train_here(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     config = job.request.config
     reporter = _Reporter(job, run, tell)
     try:
-        with _device_errors(job), _quiet_libraries():
+        with _device_errors(job), quiet_libraries():
             reporter.say("preparing", f"loading {job.request.model_name}")
             base = load_base(job.request.model, job.request.device, job.quantization, config.precision)
             if config.packing:
@@ -315,7 +316,7 @@ def train_here(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
             trainer = make_trainer(base, job.rows, config, run.checkpoints, job.request.num_gpus)
             reporter.watch(trainer)
             checkpoint = run.last_checkpoint()
-            with _casts_left_to_autocast(trainer):
+            with casts_left_to_autocast(trainer):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             reporter.check_not_stopped()
             reporter.say("finishing", "measuring the losses on what was held out")
@@ -331,6 +332,8 @@ def train_here(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     except PlanPatchError as error:
         reporter.say("stopped" if isinstance(error, CancelledError) else "failed", error.message)
         raise
+    finally:
+        reporter.leave()
     reporter.say("done", "")
     return facts
 
@@ -415,9 +418,12 @@ def make_trainer(
         dataloader_pin_memory=not on_cpu,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
+        loss_type="chunked_nll",  # what TRL 1.14 calls its head for answer tokens; later versions have no other
         report_to="none",
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:  # of what it sees, this process uses one
+        arguments._n_gpu = 1
     trainer = _trainer_class()(
         model=get_peft_model(base, lora),
         args=arguments,
@@ -465,8 +471,15 @@ def _no_tokenizer() -> Any:
 
 
 @contextmanager
-def _casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
-    """Without peft's cast of every layer's input to fp32 and autocast's back."""
+def casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
+    """Without peft's cast of every layer's input to fp32 and autocast's back.
+
+    Args:
+        trainer: The trainer, whose model has the adapter.
+
+    Yields:
+        Nothing.
+    """
     from peft.helpers import disable_input_dtype_casting
 
     with disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else nullcontext():
@@ -493,14 +506,29 @@ def held_out_losses(trainer: SFTTrainer, rows: Sequence[Row], config: QloraConfi
     model.eval()
     for name, without in (("loss_before", model.disable_adapter()), ("loss_after", nullcontext())):
         total, count = 0.0, 0
-        with without, torch.no_grad(), trainer.accelerator.autocast(), _casts_left_to_autocast(trainer):
+        with without, torch.no_grad(), trainer.accelerator.autocast(), casts_left_to_autocast(trainer):
             for batch in batches(rows, config.rows_at_once):
-                inputs = {key: value.to(trainer.args.device) for key, value in batch.items()}
-                outputs = model(**inputs, fused_lm_head=True, use_cache=False)
-                total -= float(outputs.log_probs.double().sum())
-                count += int(outputs.label_mask.sum())
+                loss, num_tokens = _summed_loss(model.get_base_model(), batch)
+                total, count = total + loss, count + num_tokens
         found |= {name: total / count, "answer_tokens": count}
     return found
+
+
+def _summed_loss(base: Any, batch: dict[str, Any]) -> tuple[float, int]:
+    """Loss of the answer tokens of some rows, and how many they are; the head sees few of them at a time."""
+    from torch.nn.functional import cross_entropy
+
+    inputs = {name: value.to(base.device) for name, value in batch.items()}
+    labels = inputs.pop("labels")[:, 1:]
+    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    is_answer = labels != IGNORED
+    hidden, labels = hidden[is_answer], labels[is_answer]
+    head = base.get_output_embeddings()
+    total = 0.0
+    for start in range(0, len(labels), _HEAD_TOKENS):
+        part = slice(start, start + _HEAD_TOKENS)
+        total += float(cross_entropy(head(hidden[part]).float(), labels[part], reduction="sum"))
+    return total, len(labels)
 
 
 def save_adapter(model: Any, folder: Path, dtype: str, base_name: str = "") -> None:
@@ -526,8 +554,12 @@ def save_adapter(model: Any, folder: Path, dtype: str, base_name: str = "") -> N
 
 
 @contextmanager
-def _quiet_libraries() -> Generator[None]:
-    """Without what transformers and peft say of their own next versions."""
+def quiet_libraries() -> Generator[None]:
+    """Without what transformers and peft say of their own next versions.
+
+    Yields:
+        Nothing.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -569,6 +601,7 @@ class _Reporter:
         self._step_s: list[float] = []
         self._first_step = 0
         self._is_stopped = False
+        self._handlers: dict[int, Any] = {}
         self.history: list[dict[str, float]] = []
 
     def watch(self, trainer: SFTTrainer) -> None:
@@ -586,16 +619,21 @@ class _Reporter:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 reporter._step_s.append(time.monotonic() - reporter._step_began)
-                if reporter._is_stopped:
-                    control.should_save = control.should_training_stop = True
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 reporter.logged(state, logs or {})
+                if reporter._is_stopped:
+                    control.should_save = control.should_training_stop = True
 
         trainer.add_callback(Follow())
-        for name in ("SIGINT", "SIGTERM"):
+        for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not the main thread
-                signal.signal(getattr(signal, name), self._stop)
+                self._handlers[number] = signal.signal(number, self._stop)
+
+    def leave(self) -> None:
+        """Give signals back to whoever had them."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _stop(self, *_: Any) -> None:
         self._is_stopped = True
@@ -766,9 +804,8 @@ def _train_in_processes(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     """
     write_json(run.folder / _JOB, _job_to_json(job.request, run))
     python = [sys.executable, "-I", "-X", "utf8", "-m"]
-    on_cpu = ["--cpu"] if job.request.device == "cpu" else []
     command = [
-        *[*python, "accelerate.commands.launch", "--multi_gpu", *on_cpu, "--num_machines", "1"],
+        *[*python, "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"],
         *["--num_processes", str(job.request.num_gpus), "--mixed_precision", "no", "--dynamo_backend", "no"],
         *["--main_process_port", "0", "--no_python", *python, "training.qlora", "--worker", str(run.folder)],
     ]

@@ -351,7 +351,8 @@ def runs(out: Path) -> list[dict[str, Any]]:
         label = f"{match['name']}-v{match['version']}"
         if match["partial"]:
             progress = read_json(path / PROGRESS)
-            state = "running" if _lives(progress) else "cut off"
+            has_ended = progress.get("state") in ("done", "failed", "stopped")
+            state = "running" if not has_ended and _lives(progress) else "cut off"
             found.append({"run": label, "state": state, "folder": str(path), "progress": progress})
         elif manifest := read_json(path / MANIFEST):
             found.append({"run": label, "state": "done", "folder": str(path), "manifest": manifest})

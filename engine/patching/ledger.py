@@ -975,7 +975,7 @@ class Ledger:
 
     def _latest_first(self, key: str | None, since: str) -> Iterator[Any]:
         """Rows of proposals, read page by page."""
-        sql = """SELECT id, created_at, path, scope, intent, surface, edits, error FROM proposals
+        sql = """SELECT id, created_at, path, scope, intent, surface, edits, error, model, timings FROM proposals
             WHERE id < ? AND (? IS NULL OR path_key = ?) AND created_at >= ? ORDER BY id DESC LIMIT 100"""
         before = "p_~"
         while rows := self._database.rows(sql, (before, key, key, since)):

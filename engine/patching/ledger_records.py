@@ -282,6 +282,8 @@ class Summary:
         is_applied: Whether its text is in the file.
         num_hunks: Number of its edits.
         error: Why it was refused, if it was.
+        model: Model id.
+        total_s: Seconds from asking to having it.
     """
 
     id: str
@@ -295,6 +297,8 @@ class Summary:
     is_applied: bool
     num_hunks: int
     error: str = ""
+    model: str = ""
+    total_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The line, for programs.
@@ -583,6 +587,8 @@ def summary_of(row: Any, standing: Standing) -> Summary:
         is_applied=standing.is_applied,
         num_hunks=len(json.loads(row["edits"])),
         error=error.get("message", ""),
+        model=row["model"],
+        total_s=float(cast("dict[str, Any]", json.loads(row["timings"])).get("total_s", 0.0)),
     )
 
 
