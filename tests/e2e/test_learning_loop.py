@@ -241,7 +241,7 @@ def test_forty_kept_edits_make_an_adapter_that_is_better_on_forty_fresh_ones(
 ) -> None:
     started_at = time.monotonic()
     lessons, fresh = house_style.lessons(), house_style.fresh()[:40]
-    loop = run_loop(home, tmp_path, model_folder_05b, lessons, fresh, 40, general=True, num_epochs=2, must_pass=True)
+    loop = run_loop(home, tmp_path, model_folder_05b, lessons, fresh, 40, general=True, num_epochs=1, must_pass=True)
     figures = loop.evaluated.json
     edits, general = figures["edits"], figures["general"]
     record_figure("patches asked for until 40 were kept", loop.num_offered, "")
