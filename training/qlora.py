@@ -13,6 +13,9 @@ Run without the rest of PlanPatch, on a machine with torch, transformers, peft, 
 Not covered: several machines, and models that do not fit one GPU.
 """
 
+# the libraries that train are hardly typed
+# pyright: basic
+
 from __future__ import annotations
 
 import argparse
@@ -67,7 +70,7 @@ from training.qlora_run import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from trl import SFTTrainer  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_trainer import SFTTrainer
 
 Tell = Callable[[Progress], None]
 
@@ -374,10 +377,10 @@ def make_trainer(
     Returns:
         The trainer, ready to train.
     """
-    from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
-    from trl import SFTConfig  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_config import SFTConfig
 
     on_cpu = next(base.parameters()).device.type == "cpu"
     set_seed(config.seed)
@@ -420,15 +423,16 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
     )
+    model = get_peft_model(base, lora)
     trainer = _trainer_class()(
-        model=get_peft_model(base, lora),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
         data_collator=lambda items: collate([rows[item["row"]] for item in items]),
         processing_class=_no_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
-    for parameter in trainer.model.parameters():  # TRL rounds them to bf16, in which small steps are lost
+    for parameter in model.parameters():  # TRL rounds them to bf16, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
@@ -436,7 +440,7 @@ def make_trainer(
 
 def _trainer_class() -> type[SFTTrainer]:
     import torch
-    from trl import SFTTrainer  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class RowTrainer(SFTTrainer):
         """With checkpoints that hold what a resume needs, and count only when they are whole."""
@@ -445,14 +449,14 @@ def _trainer_class() -> type[SFTTrainer]:
             """None: the manifest says what an adapter is."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            save_adapter(self.model, Path(output_dir or self.args.output_dir), "float32")
+            save_adapter(self.model, Path(output_dir or str(self.args.output_dir)), "float32")
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             super()._save_checkpoint(model, trial)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # every process writes its own state of random numbers
             if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+                mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     return RowTrainer
 
@@ -478,7 +482,8 @@ def casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
     """
     from peft.helpers import disable_input_dtype_casting
 
-    with disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else nullcontext():
+    model: Any = trainer.model
+    with disable_input_dtype_casting(model) if trainer.args.bf16 else nullcontext():
         yield
 
 
