@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -871,6 +872,7 @@ def _job_to_json(request: Request, run: Run) -> dict[str, Any]:
         "device": request.device,
         "num_gpus": request.num_gpus,
         "version": run.version,
+        "parent": os.getpid(),
     }
 
 
@@ -878,6 +880,7 @@ def _work(folder: Path) -> None:
     """One of several processes. The first writes what became of it."""
     facts = read_json(folder / _JOB)
     is_first = int(os.environ.get("RANK", "0")) == 0
+    threading.Thread(target=_end_with, args=(int(facts["parent"]),), name="planpatch-parent", daemon=True).start()
     try:
         job, run = _job_of_process(facts)
         found = train_here(job, run, lambda _: None)
@@ -887,6 +890,15 @@ def _work(folder: Path) -> None:
         raise
     if is_first:
         write_json(folder / _FACTS, found)
+
+
+def _end_with(parent: int) -> None:
+    """End when the command that started it has ended: it holds the lock, and the servers' memory is back."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(parent).wait()
+    os._exit(1)
 
 
 def _job_of_process(facts: dict[str, Any]) -> tuple[Job, Run]:
