@@ -21,6 +21,7 @@ from lsp_server import console
 from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_journal import consent_of, journal, places_of
 from lsp_server.cli_options import JsonOption, ModelOption, open_session
+from lsp_server.cli_qlora import qlora, status
 from lsp_server.session import Session
 from lsp_server.settings import opts_out
 
@@ -34,6 +35,8 @@ train_app = typer.Typer(
 )
 log_app = typer.Typer(help="Keep accepted edits for training, or not.", no_args_is_help=True, rich_markup_mode=None)
 train_app.add_typer(log_app, name="log")
+train_app.command()(qlora)
+train_app.command()(status)
 
 
 @contextmanager

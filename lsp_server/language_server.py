@@ -387,6 +387,9 @@ class PlanPatchServer(LanguageServer):
             question = f"PlanPatch: {status.message}. Pull it now? It stays on this machine."
             if await self.editor.ask(question, [pull, "Not now"]) == pull:
                 self._host.start(self._session, pull=True)
+        elif status.state == "released":
+            await self._leave_mark("")
+            self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}", Severity.INFO)
         elif status.state == "failed" and self._host.status is status:
             self.editor.show_message(f"PlanPatch: {status.message}. {status.hint}".strip(), Severity.ERROR)
 
@@ -583,7 +586,7 @@ class PlanPatchServer(LanguageServer):
                 bench.tell_once(file.document.uri, said(error))
             return []
         host = self._host.status
-        if not request.is_automatic and host.state in ("absent", "failed"):
+        if not request.is_automatic and host.state in ("absent", "failed", "released"):
             bench.tell_once(file.document.uri, f"{host.message}. {host.hint}")
         found = code_actions.actions(file.document, request, bench.action_state(file, request.start.line))
         return [code_action(action, diagnostics, self.editor.profile) for action in found]

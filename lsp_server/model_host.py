@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine.errors import CancelledError, EngineError, ModelError, PlanPatchError
 from engine.inference.engine import InProcessEngine
@@ -23,10 +24,14 @@ from engine.inference.protocol import Engine
 from engine.inference.store import LocalModel, Progress
 from engine.patching.disk import write_atomically
 from lsp_server.paths import make_private_folder
-from lsp_server.process_marks import facts_of_living, own_facts
+from lsp_server.process_marks import facts_of_living, lives, own_facts
 from lsp_server.session import Session
 
-HostState = Literal["off", "loading", "ready", "absent", "failed"]
+HostState = Literal["off", "loading", "ready", "absent", "failed", "released"]
+
+_DRAIN_S = 30.0  # what is generated when the model is asked for may end
+_LOAD_END_S = 120.0
+_WATCH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class HostStatus:
     """Where the model is.
 
     Args:
-        state: `off` before `start`; `absent` when it has to be pulled first.
+        state: `off` before `start`; `absent` when it has to be pulled first; `released` while another process of the
+            user's has its memory.
         model: Its name, once known.
         message: Progress, or what went wrong.
         hint: What to do about that.
@@ -62,6 +68,9 @@ class ModelHost:
         self._engine: InProcessEngine | None = None
         self._local: LocalModel | None = None
         self._generation = 0
+        self._session: Session | None = None
+        self._loading: threading.Thread | None = None
+        self._holder: dict[str, Any] | None = None
 
     @property
     def status(self) -> HostStatus:
@@ -86,6 +95,9 @@ class ModelHost:
             pull: Fetch it if it is not here.
         """
         with self._changed:
+            self._session = session
+            if self._holder is not None:
+                return  # loaded when the memory comes back
             self._generation += 1
             generation = self._generation
             old, self._engine, self._local = self._engine, None, None
@@ -93,7 +105,66 @@ class ModelHost:
         work = threading.Thread(
             target=self._load, args=(generation, session, old, pull), name="planpatch-load", daemon=True
         )
+        self._loading = work
         work.start()
+
+    def release(self, holder: Mapping[str, Any], purpose: str) -> bool:
+        """Give the memory of the model to another process, until `resume` or until that process has ended.
+
+        What is generated now may end; what is asked for meanwhile is refused.
+
+        Args:
+            holder: The process, as `process_marks.own_facts` tells it.
+            purpose: What it does, in a word or two.
+
+        Returns:
+            Whether it has it; False: another process has it already.
+        """
+        facts = dict(holder)
+        with self._changed:
+            if self._holder is not None:
+                return self._holder["pid"] == facts["pid"]
+            self._holder = facts
+            self._generation += 1
+            generation = self._generation
+            engine, self._engine, self._local = self._engine, None, None
+        message = f"{purpose} holds the model's memory (process {facts['pid']})"
+        self._tell(
+            generation, HostStatus("released", self._status.model, message, "It comes back when that has ended.")
+        )
+        if self._loading is not None:
+            self._loading.join(_LOAD_END_S)  # it sees that its model is not wanted any more
+        if engine is not None:
+            _drain(engine)
+            engine.close()
+        threading.Thread(target=self._watch, args=(facts,), name="planpatch-released", daemon=True).start()
+        return True
+
+    def resume(self, pid: int) -> bool:
+        """Load the model again.
+
+        Args:
+            pid: The process that had its memory.
+
+        Returns:
+            Whether that process had it.
+        """
+        with self._changed:
+            if self._holder is None or self._holder["pid"] != pid:
+                return False
+            self._holder, session = None, self._session
+            if session is None:
+                self._status = HostStatus()
+        if session is not None:
+            self.start(session)
+        return True
+
+    def _watch(self, holder: dict[str, Any]) -> None:
+        """A process that was killed says nothing: its memory is free, and the model comes back."""
+        while self._holder is holder and lives(holder):
+            time.sleep(_WATCH_S)
+        if self._holder is holder:
+            self.resume(holder["pid"])
 
     def wait(self, is_cancelled: threading.Event) -> Engine:
         """The engine, once it is ready.
@@ -126,6 +197,7 @@ class ModelHost:
         """Give the model up."""
         with self._changed:
             self._generation += 1
+            self._session = self._holder = None
             engine, self._engine = self._engine, None
             self._status = HostStatus("failed", message="The server is closing")
             self._changed.notify_all()
@@ -180,6 +252,16 @@ class ModelHost:
             self._status = status
             self._changed.notify_all()
         self._on_change(status)
+
+
+def _drain(engine: InProcessEngine) -> None:
+    """Let what is generated end."""
+    deadline = time.monotonic() + _DRAIN_S
+    while time.monotonic() < deadline:
+        status = engine.status()
+        if status.state != "ready" or status.num_running + status.num_waiting == 0:
+            return
+        time.sleep(0.05)
 
 
 # --- who else holds memory -------------------------------------------------------------------------------------------

@@ -53,6 +53,18 @@ def facts_of_living(file: Path) -> dict[str, Any] | None:
     return None
 
 
+def lives(facts: dict[str, Any]) -> bool:
+    """Whether the process that said this of itself still runs.
+
+    Args:
+        facts: As `own_facts` gives them.
+
+    Returns:
+        True also for a process that is there and tells nothing.
+    """
+    return _lives(facts, float("inf"))
+
+
 def _lives(facts: dict[str, Any], changed_at: float) -> bool:
     """Whether a process that wrote facts still runs; one that is there and tells nothing may be it."""
     import psutil

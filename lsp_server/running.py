@@ -108,6 +108,37 @@ class RunningServer:
             return None
         return cast("dict[str, Any]", answer) if response.status == 200 and isinstance(answer, dict) else None
 
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> tuple[int, dict[str, Any]]:
+        """Ask it for something.
+
+        Args:
+            path: The route.
+            body: The request's body.
+            timeout_s: How long the answer may take.
+
+        Returns:
+            Status, and the answer's object; empty if it is none.
+
+        Raises:
+            EditorUnreachableError: It cannot be asked, or does not answer.
+        """
+        try:
+            connection = http.client.HTTPConnection(self._loopback(), self.port, timeout=CONNECT_S)
+            try:
+                connection.connect()
+                connection.sock.settimeout(timeout_s)
+                headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+                connection.request("POST", path, json.dumps(body), headers)
+                response = connection.getresponse()
+                answer: Any = json.loads(response.read())
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException, ValueError) as fault:
+            raise EditorUnreachableError(
+                f"The server of process {self.pid} cannot be asked: {fault}", hint="Look whether it still runs."
+            ) from None
+        return response.status, cast("dict[str, Any]", answer) if isinstance(answer, dict) else {}
+
     def _loopback(self) -> str:
         """The address to connect to.
 

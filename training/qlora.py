@@ -13,6 +13,9 @@ Run without the rest of PlanPatch, on a machine with torch, transformers, peft, 
 Not covered: several machines, and models that do not fit one GPU.
 """
 
+# the libraries that train are hardly typed
+# pyright: basic
+
 from __future__ import annotations
 
 import argparse
@@ -28,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -68,7 +72,7 @@ from training.qlora_run import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from trl import SFTTrainer  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_trainer import SFTTrainer
 
 Tell = Callable[[Progress], None]
 
@@ -376,10 +380,10 @@ def make_trainer(
     Returns:
         The trainer, ready to train.
     """
-    from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, set_seed
-    from trl import SFTConfig  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_config import SFTConfig
 
     on_cpu = next(base.parameters()).device.type == "cpu"
     set_seed(config.seed)
@@ -424,15 +428,16 @@ def make_trainer(
     )
     if arguments.n_gpu > 1:  # of what it sees, this process uses one
         arguments._n_gpu = 1
+    model = get_peft_model(base, lora)
     trainer = _trainer_class()(
-        model=get_peft_model(base, lora),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
         data_collator=lambda items: collate([rows[item["row"]] for item in items]),
         processing_class=_no_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
-    for parameter in trainer.model.parameters():  # TRL rounds them to bf16, in which small steps are lost
+    for parameter in model.parameters():  # TRL rounds them to bf16, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
@@ -440,7 +445,7 @@ def make_trainer(
 
 def _trainer_class() -> type[SFTTrainer]:
     import torch
-    from trl import SFTTrainer  # pyright: ignore[reportMissingTypeStubs]
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class RowTrainer(SFTTrainer):
         """With checkpoints that hold what a resume needs, and count only when they are whole."""
@@ -449,14 +454,14 @@ def _trainer_class() -> type[SFTTrainer]:
             """None: the manifest says what an adapter is."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            save_adapter(self.model, Path(output_dir or self.args.output_dir), "float32")
+            save_adapter(self.model, Path(output_dir or str(self.args.output_dir)), "float32")
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             super()._save_checkpoint(model, trial)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # every process writes its own state of random numbers
             if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+                mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     return RowTrainer
 
@@ -482,7 +487,8 @@ def casts_left_to_autocast(trainer: SFTTrainer) -> Generator[None]:
     """
     from peft.helpers import disable_input_dtype_casting
 
-    with disable_input_dtype_casting(trainer.model) if trainer.args.bf16 else nullcontext():
+    model: Any = trainer.model
+    with disable_input_dtype_casting(model) if trainer.args.bf16 else nullcontext():
         yield
 
 
@@ -871,6 +877,7 @@ def _job_to_json(request: Request, run: Run) -> dict[str, Any]:
         "device": request.device,
         "num_gpus": request.num_gpus,
         "version": run.version,
+        "parent": os.getpid(),
     }
 
 
@@ -878,6 +885,7 @@ def _work(folder: Path) -> None:
     """One of several processes. The first writes what became of it."""
     facts = read_json(folder / _JOB)
     is_first = int(os.environ.get("RANK", "0")) == 0
+    threading.Thread(target=_end_with, args=(int(facts["parent"]),), name="planpatch-parent", daemon=True).start()
     try:
         job, run = _job_of_process(facts)
         found = train_here(job, run, lambda _: None)
@@ -887,6 +895,15 @@ def _work(folder: Path) -> None:
         raise
     if is_first:
         write_json(folder / _FACTS, found)
+
+
+def _end_with(parent: int) -> None:
+    """End when the command that started it has ended: it holds the lock, and the servers' memory is back."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(parent).wait()
+    os._exit(1)
 
 
 def _job_of_process(facts: dict[str, Any]) -> tuple[Job, Run]:

@@ -7,6 +7,9 @@ transformers makes a block-diagonal attention mask (`find_packed_sequence_indice
 Not covered: attention implementations that ignore positions; `check_rows_are_apart` refuses to train with one.
 """
 
+# the libraries that train are hardly typed
+# pyright: basic
+
 from __future__ import annotations
 
 import bisect

@@ -6,6 +6,9 @@ of one layer, as measured on the Qwen2 and Qwen3 families.
 Not covered: what other programs take after the look.
 """
 
+# the libraries that train are hardly typed
+# pyright: basic
+
 from __future__ import annotations
 
 from collections.abc import Iterator

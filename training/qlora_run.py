@@ -189,7 +189,7 @@ def _versions(out: Path, name: str) -> list[tuple[int, bool]]:
 def _locked(run: Run) -> FileLock:
     lock = FileLock(run.folder / _LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
     except Timeout:
         raise EnvironmentFault(
             f"Another process trains {run.label} now", hint="planpatch train status shows how far it is."

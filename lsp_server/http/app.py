@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import PlanPatchError
-from lsp_server.http import edits, ollama, ollama_store, openai_api, status_page
+from lsp_server.http import edits, memory, ollama, ollama_store, openai_api, status_page
 from lsp_server.http.documents import describe
 from lsp_server.http.errors import HttpError
 from lsp_server.http.guard import Guard
@@ -64,6 +64,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(edits.router, tags=["planpatch"])
+    app.include_router(memory.router, tags=["planpatch"])
     app.include_router(ollama.router, tags=["ollama"])
     app.include_router(ollama_store.router, tags=["ollama"])
     app.include_router(openai_api.router, tags=["openai"])

@@ -30,6 +30,7 @@ InEditor = Callable[[Operation, str], Awaitable[dict[str, Any] | None]]
 
 # Ollama's clients ask for at least 0.6.4; the suffix says who answers.
 OLLAMA_VERSION = "0.12.6"
+RELEASED_RETRY_S = 60  # training takes minutes
 
 
 @dataclass(slots=True)
@@ -110,7 +111,9 @@ class Service:
                 raise HttpError(503, "the engine failed", code="failed", hint="Restart PlanPatch.", retry_after_s=0)
             return engine
         if status.state not in ("off", "loading"):
-            raise HttpError(503, status.message or "there is no model", code=status.state, hint=status.hint)
+            retry = RELEASED_RETRY_S if status.state == "released" else None
+            message = status.message or "there is no model"
+            raise HttpError(503, message, code=status.state, hint=status.hint, retry_after_s=retry)
         return None
 
     def ready_engine(self) -> Engine:

@@ -60,8 +60,8 @@ class Server:
         return answer
 
     def wait_until_ready(self) -> None:
-        while not self.health()["model_loaded"]:
-            assert self.process.poll() is None and self.health()["status"] in ("loading", "off", "released")
+        while not (health := self.health())["model_loaded"]:
+            assert self.process.poll() is None and health["status"] in ("loading", "off", "released"), health
             time.sleep(0.5)
 
     def patch(self, edit: Edit, *, fresh: bool = False) -> tuple[int, Any]:
@@ -107,16 +107,12 @@ def serving(home: Path, workspace: Path) -> Iterator[Server]:
     assert "Traceback" not in err, err
 
 
-def train(home: Path, folder: Path, model: Path, **changes: Any) -> Path:
+def train(folder: Path, **changes: Any) -> Path:
     """Train on the data set of the home; returns the adapter's folder."""
     (folder / "house.json").write_text(json.dumps({**CONFIG, **changes}), encoding="utf-8")
-    data = home / "training" / "data"
-    command = [sys.executable, "-I", "-X", "utf8", "-m", "training.qlora", "house.json", "--device", "cpu"]
-    options = ["--model", str(model), "--model-name", MODEL, "--out", str(home / "training" / "qlora-out")]
-    files = ["--data", str(data / "train_from_logs.jsonl"), "--val", str(data / "val_from_logs.jsonl")]
-    done = subprocess.run([*command, *options, *files], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.splitlines()[-1])
+    said = planpatch("train", "qlora", "house.json", "--json", cwd=folder)
+    assert said.code == 0, said.err
+    return Path(said.json["folder"])
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -135,7 +131,6 @@ class Loop:
 def run_loop(
     home: Path,
     folder: Path,
-    model: Path,
     lessons: Sequence[Edit],
     fresh: Sequence[Edit],
     num_kept: int,
@@ -170,7 +165,7 @@ def run_loop(
         assert learnt.count("-> object:") == made["train"] + made["val"], "what is learnt is the user's text"
 
         with timed("training"):
-            adapter = train(home, folder, model, num_epochs=num_epochs)
+            adapter = train(folder, num_epochs=num_epochs)
         kept_bytes = [file.read_bytes() for file in (home / "training").rglob("*") if file.is_file()]
         assert all(secret.encode() not in data for data in kept_bytes)
         server.wait_until_ready()
@@ -219,9 +214,9 @@ def _real_model(home: Path, monkeypatch: pytest.MonkeyPatch, model_folder_05b: P
 
 
 @pytest.mark.slow
-def test_every_part_of_the_loop_hands_on_to_the_next(home: Path, tmp_path: Path, model_folder_05b: Path) -> None:
+def test_every_part_of_the_loop_hands_on_to_the_next(home: Path, tmp_path: Path) -> None:
     lessons, fresh = house_style.lessons(), house_style.fresh()[:2]
-    loop = run_loop(home, tmp_path, model_folder_05b, lessons, fresh, 4, general=False, num_epochs=1, must_pass=False)
+    loop = run_loop(home, tmp_path, lessons, fresh, 4, general=False, num_epochs=1, must_pass=False)
     edits = loop.evaluated.json["edits"]
     assert edits["rows"] == edits["right"]["won"] + edits["right"]["lost"] + _alike(edits)
     against = " ".join(loop.evaluated.json["gate"]["against"])
@@ -237,11 +232,11 @@ def _alike(edits: Any) -> int:
 
 @pytest.mark.long
 def test_forty_kept_edits_make_an_adapter_that_is_better_on_forty_fresh_ones(
-    home: Path, tmp_path: Path, model_folder_05b: Path, record_figure: RecordFigure
+    home: Path, tmp_path: Path, record_figure: RecordFigure
 ) -> None:
     started_at = time.monotonic()
     lessons, fresh = house_style.lessons(), house_style.fresh()[:40]
-    loop = run_loop(home, tmp_path, model_folder_05b, lessons, fresh, 40, general=True, num_epochs=1, must_pass=True)
+    loop = run_loop(home, tmp_path, lessons, fresh, 40, general=True, num_epochs=1, must_pass=True)
     figures = loop.evaluated.json
     edits, general = figures["edits"], figures["general"]
     record_figure("patches asked for until 40 were kept", loop.num_offered, "")

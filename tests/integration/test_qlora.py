@@ -253,6 +253,52 @@ def test_a_stopped_run_saves_at_its_step_and_goes_on_from_there(base: Path, tmp_
     assert json.loads((adapter / "manifest.json").read_text())["resumed_at_step"] == 3
 
 
+@pytest.mark.slow
+def test_two_processes_that_share_the_rows_have_the_losses_of_one(base: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    alone = qlora.train(request_of(base, one, lora_dropout=0.0), lambda _: None)
+    told: list[qlora_run.Progress] = []
+    shared = qlora.train(request_of(base, two, lora_dropout=0.0, num_gpus=2), told.append)
+    assert losses_of(shared)[:4] == pytest.approx(losses_of(alone)[:4], abs=1e-5)
+    assert told[-1].state == "done"
+    assert sorted(path.name for path in shared.iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert json.loads((shared / "manifest.json").read_text())["num_gpus"] == 2
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command_that_started_them(base: Path, tmp_path: Path) -> None:
+    import psutil
+
+    request_of(base, tmp_path, num_epochs=100)
+    with trainer_process(base, tmp_path, "--num-gpus", "2") as process:
+        wait_for_a_step(process)
+        workers = [
+            one
+            for one in psutil.process_iter(["cmdline"])
+            if str(tmp_path / "out") in " ".join(one.info["cmdline"] or ())
+        ]
+        assert len(workers) >= 2
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs([one for one in workers if one.pid != process.pid], timeout=60)
+        assert not alive
+    request_of(base, tmp_path, num_epochs=100)
+    with trainer_process(base, tmp_path, "--num-gpus", "2", "--resume") as process:
+        wait_for_a_step(process)
+
+
+def wait_for_a_step(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    said: list[str] = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("training") and "loss" in line:
+            return
+    raise AssertionError("".join(said))
+
+
 def test_two_processes_cannot_train_the_same_adapter(base: Path, tmp_path: Path) -> None:
     request = request_of(base, tmp_path)
     run = qlora_run.open_run(request.out, "tiny", {})
