@@ -171,8 +171,13 @@ def _say_result(folder: Path, as_json: bool) -> None:
     held_out: dict[str, Any] = manifest.get("held_out") or {}
     if held_out:
         console.say(f"loss on what was held out: {held_out['loss_before']:.4f} → {held_out['loss_after']:.4f}")
-    console.say(escape(f"planpatch adapters use {folder}"))
+    console.say(escape(f"planpatch train evaluate --adapter {_name_to_give(folder)} holds it against its base"))
     console.out.print(str(folder), markup=False)
+
+
+def _name_to_give(folder: Path) -> str:
+    """A version's name where it is among the others, else the folder."""
+    return folder.name if folder.parent.name == "qlora-out" else str(folder)
 
 
 # --- servers ---------------------------------------------------------------------------------------------------------
