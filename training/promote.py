@@ -24,6 +24,7 @@ from engine.patching.ledger_records import iso_utc
 
 MANIFEST = "manifest.json"
 _CONFIG = "adapter_config.json"
+_FIGURES = frozenset({"adapter_digest", "base_digest", "edits", "general"})
 _MOST_LOST = 0.10  # of the general tasks or of the valid patches; fewer are within the noise of so few tasks
 
 
@@ -50,7 +51,8 @@ class AdapterVersion:
         """Its figures, if it was evaluated with these very weights; else empty."""
         found: object = self.manifest.get("evaluation")
         figures = cast("dict[str, Any]", found) if isinstance(found, dict) else dict[str, Any]()
-        return figures if figures.get("adapter_digest") == self.digest else {}
+        is_whole = _FIGURES <= figures.keys()
+        return figures if is_whole and figures["adapter_digest"] == self.digest else {}
 
     @property
     def base_digest(self) -> str | None:
