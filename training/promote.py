@@ -51,7 +51,7 @@ class AdapterVersion:
         """Its figures, if it was evaluated with these very weights; else empty."""
         found: object = self.manifest.get("evaluation")
         figures = cast("dict[str, Any]", found) if isinstance(found, dict) else dict[str, Any]()
-        is_whole = _FIGURES <= figures.keys()
+        is_whole = figures.keys() >= _FIGURES
         return figures if is_whole and figures["adapter_digest"] == self.digest else {}
 
     @property
