@@ -847,7 +847,7 @@ def _train_in_processes(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     return facts
 
 
-def _relay(process: subprocess.Popen[bytes], run: Run, tell: Tell) -> None:
+def _relay(process: subprocess.Popen[Any], run: Run, tell: Tell) -> None:
     """Tell what the first process writes of its progress, until all have ended. A stop is passed on by a file."""
     last: dict[str, Any] = {}
 
@@ -870,7 +870,7 @@ def _relay(process: subprocess.Popen[bytes], run: Run, tell: Tell) -> None:
             signal.signal(number, handler)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[Any]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
