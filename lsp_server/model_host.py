@@ -44,12 +44,14 @@ class HostStatus:
         model: Its name, once known.
         message: Progress, or what went wrong.
         hint: What to do about that.
+        reason: Why it failed, where a client has an answer to it: `memory`, or `held` if another server holds that.
     """
 
     state: HostState = "off"
     model: str = ""
     message: str = ""
     hint: str = ""
+    reason: Literal["", "memory", "held"] = ""
 
 
 class ModelHost:
@@ -219,10 +221,10 @@ class ModelHost:
             engine.wait_until_ready()
         except PlanPatchError as error:
             state: HostState = "absent" if error.details.get("absent") else "failed"
-            message = error.message
-            if "needed_bytes" in error.details and (holders := other_holders(session.paths.servers)):
-                message += f"; {', '.join(holders)}"
-            self._tell(generation, HostStatus(state, self._status.model, message, error.hint))
+            holders = other_holders(session.paths.servers) if "needed_bytes" in error.details else []
+            reason = "held" if holders else "memory" if "needed_bytes" in error.details else ""
+            message = "; ".join([error.message, *([", ".join(holders)] if holders else [])])
+            self._tell(generation, HostStatus(state, self._status.model, message, error.hint, reason))
             return
         except Exception as fault:  # a library failed: generation is off, the server stays
             message = f"The model cannot be loaded: {type(fault).__name__}: {fault}"

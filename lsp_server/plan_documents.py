@@ -17,6 +17,7 @@ from pathlib import Path
 from engine.errors import PathError, UsageError
 from engine.patching.disk import write_atomically
 from engine.patching.ledger_records import path_key
+from engine.patching.patcher import Plan
 from lsp_server.paths import make_private_folder
 
 _MARK = re.compile(r"\A\ufeff?<!-- planpatch (\{.*\}) -->[ \t]*\r?$", re.MULTILINE)
@@ -25,6 +26,7 @@ _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
 _MAX_AGE_S = 30 * 24 * 3600
 _MAX_BYTES = 200_000
+_MOST_LINES_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ class PlanDocuments:
             return None
         return document
 
-    def write(self, path: Path, function: str, intent: str, steps: Sequence[str], plan_id: str = "") -> PlanDocument:
+    def write(
+        self, path: Path, function: str, intent: str, steps: Sequence[str], plan_id: str = "", about: str = ""
+    ) -> PlanDocument:
         """Write a function's document anew.
 
         Args:
@@ -92,6 +96,7 @@ class PlanDocuments:
             intent: What the user wants; may be empty, to be filled in.
             steps: The plan.
             plan_id: The plan in the ledger.
+            about: Markdown above the headings, for the reader: what the model was shown.
 
         Returns:
             The document.
@@ -104,9 +109,22 @@ class PlanDocuments:
         old = self._all().get(key)
         file = old.file if old is not None else self._free_name(path, function)
         document = PlanDocument(file, str(path), function, plan_id, intent)
-        write_atomically(file, _rendered(document, intent, steps).encode("utf-8"), expected_sha256=None, private=True)
+        text = _rendered(document, intent, steps, about)
+        write_atomically(file, text.encode("utf-8", "replace"), expected_sha256=None, private=True)
         self._all()[key] = document
         return document
+
+    def of(self, path: Path) -> list[PlanDocument]:
+        """The latest document of each function of a file.
+
+        Args:
+            path: The Python file.
+
+        Returns:
+            The documents.
+        """
+        key = path_key(path) or ""
+        return [found for known, name in list(self._all()) if known == key and (found := self.find(path, name))]
 
     def read(self, document: PlanDocument) -> PlanText:
         """What a document says now.
@@ -177,7 +195,28 @@ def _document_in(file: Path) -> PlanDocument | None:
     return PlanDocument(file, path, function, plan_id) if is_ours else None
 
 
-def _rendered(document: PlanDocument, intent: str, steps: Sequence[str]) -> str:
+def shown_context(plan: Plan, function_text: str, context_length: int) -> str:
+    """What the model was shown for a plan, as Markdown that holds neither a heading nor a comment of ours.
+
+    Args:
+        plan: The plan.
+        function_text: The function's own text.
+        context_length: Most tokens of prompt and answer together; 0 if it is not known.
+
+    Returns:
+        Lines of the function, tokens of its context, what was left out, and the function.
+    """
+    scope, tokens = plan.scope, plan.timings.num_prompt_tokens
+    limit = f" of {context_length}" if context_length else ""
+    left_out = "; ".join(plan.dropped) or "nothing"
+    lines = re.split(r"\r\n|\r|\n", function_text.rstrip())
+    code = lines if len(lines) <= _MOST_LINES_SHOWN else [*lines[:_MOST_LINES_SHOWN], "…"]
+    shown = "\n".join(f"    {line}".rstrip() for line in code).replace("<!--", "<!- -").replace("-->", "- ->")
+    facts = f"Lines {scope.start_line} to {scope.end_line}; context: {tokens}{limit} tokens; left out: {left_out}."
+    return f"{facts}\n\n{shown}\n"
+
+
+def _rendered(document: PlanDocument, intent: str, steps: Sequence[str], about: str) -> str:
     facts = json.dumps({"path": document.path, "function": document.function, "plan": document.plan_id})
     facts = facts.replace("--", "-\\u002d")  # a comment of HTML may not hold two hyphens
     what = f"`{document.function}`" if document.function else "the whole file"
@@ -192,5 +231,6 @@ def _rendered(document: PlanDocument, intent: str, steps: Sequence[str]) -> str:
     return (
         f"<!-- planpatch {facts} -->\n"
         f"# Plan for {what} in {Path(document.path).name}\n\n<!-- {how} -->\n\n"
+        f"{about}{chr(10) if about else ''}"
         f"## Intent\n\n{intent}\n\n## Plan\n\n{lines}"
     )

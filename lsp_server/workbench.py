@@ -25,7 +25,7 @@ from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import State
 from engine.patching.notices import notices
 from engine.patching.parser_process import Call, ParserProcess, in_this_process
-from engine.patching.patcher import Patch, Patcher, Plan, check_intent
+from engine.patching.patcher import Patch, Patcher, Plan, Timings, check_intent
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 from lsp_server.applying import CHECK_S, Applier
@@ -37,7 +37,7 @@ from lsp_server.labels import Labels
 from lsp_server.model_host import HostStatus
 from lsp_server.open_files import OpenFile, OpenFiles, Pending
 from lsp_server.paths import Paths
-from lsp_server.plan_documents import PlanDocument, PlanDocuments
+from lsp_server.plan_documents import PlanDocument, PlanDocuments, shown_context
 from lsp_server.reading import Reader
 from lsp_server.records import Records
 from lsp_server.session import patcher_options
@@ -96,6 +96,7 @@ class Workbench:
         clock: Seconds that only grow; for tests.
         check_s: How long after an edit the client's text is waited for.
         begin_after_s: How long a job waits before it begins.
+        server_facts: What the status says of the server besides the model and the jobs.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Workbench:
         clock: Callable[[], float] = time.monotonic,
         check_s: float = CHECK_S,
         begin_after_s: float = 0.0,
+        server_facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.editor = editor
         self.model = model
@@ -142,6 +144,8 @@ class Workbench:
             check_s=check_s,
         )
         self.has_failed = asyncio.Event()
+        self._server_facts = server_facts
+        self._last: dict[str, dict[str, float]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._said: set[tuple[str, str]] = set()
 
@@ -181,6 +185,7 @@ class Workbench:
                 file.wait_for_user(Pending(entry, offer, text))
         if file.pending:
             self._draw(file)
+            self.tell_status()
 
     def did_change(self, file: OpenFile) -> None:
         """React to a document's new text."""
@@ -473,9 +478,11 @@ class Workbench:
             return patcher.plan(target.source, target.scope, intent, drop_directives=is_directive, listener=listen)
 
         plan = await self._generate(job, target, work)
+        self._note_time("plan", plan.timings)
         job.result |= {"planId": plan.id, "plan": plan.to_json()}
         path = Path(target.source.path)
-        document = await asyncio.to_thread(self.plans.write, path, target.function, intent, plan.steps, plan.id)
+        about = shown_context(plan, target.scope_text, self._context_length())
+        document = await asyncio.to_thread(self.plans.write, path, target.function, intent, plan.steps, plan.id, about)
         job.result |= {"planDocument": str(document.file)}
         await self._open(document.file, f"plan for {target.title}: {plan.text} (edit it in {document.file})")
 
@@ -505,9 +512,18 @@ class Workbench:
             if error.exit_code == 1 and not isinstance(error, CancelledError):
                 self._note_refusal(target, intent, argument, error)
             raise
+        self._note_time("patch", patch.timings)
         warnings = await self._read(notices, patch.source, target.scope, patch.edits)
         job.result |= {"patchId": patch.id, "patch": {**patch.to_json(), "warnings": warnings}}
         self._spawn(self._offer(target, intent, patch, warnings, argument.get("hunks")))
+
+    def _note_time(self, kind: str, timings: Timings) -> None:
+        if timings.num_tokens:  # a proposal that the ledger had already took none
+            self._last[kind] = {"totalS": round(timings.total_s, 3), "numTokens": timings.num_tokens}
+
+    def _context_length(self) -> int:
+        engine = self.model.engine_or_none
+        return engine.status().context_length if engine is not None else 0
 
     async def _generate(self, job: Job, target: Target, work: Callable[[Patcher, Listen], T]) -> T:
         """Wait for the turn and the model, generate under progress, and give the turn on."""
@@ -562,7 +578,7 @@ class Workbench:
     def _job_changed(self, job: Job) -> None:
         self.editor.notify("planpatch/job", job.to_json())
         self.tell_status()
-        if job.error is not None:
+        if job.error is not None and not self.editor.profile.presents:
             self._show_error(job.error)
 
     def _show_error(self, error: PlanPatchError) -> None:
@@ -577,6 +593,7 @@ class Workbench:
         """What the server is doing, for programs."""
         host, engine = self.model.status, self.model.engine_or_none
         facts: dict[str, Any] = {"state": host.state, "model": host.model, "message": host.message, "hint": host.hint}
+        facts |= {"reason": host.reason, **self._server_facts()}
         if engine is not None:
             now = engine.status()
             facts |= {
@@ -591,6 +608,7 @@ class Workbench:
             **facts,
             "jobs": [{**job.to_json(), "position": self.jobs.position(job)} for job in self.jobs.running()],
             "pending": [patch_id for file in self.files for patch_id in file.pending],
+            "last": dict(self._last),
         }
 
     def _note_refusal(self, target: Target, intent: str, argument: Mapping[str, Any], error: PlanPatchError) -> None:
@@ -625,6 +643,8 @@ class Workbench:
         self._draw(file)
         self.tell_status()
         asks = self.settings_of(file.path).apply == "ask" or patch.is_second_choice
+        if asks and self.editor.profile.presents:
+            return
         if not asks or self.editor.profile.has_annotations:  # else they are in the question
             for warning in warnings:
                 self.editor.show_message(f"PlanPatch: {warning}", Severity.WARNING)

@@ -48,7 +48,26 @@ _FLAGS = (
 _TELL_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => console.error("policy: " + event.effectiveDirective));
 """
-_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32}
+_KEYS = {
+    "Enter": 13,
+    "Escape": 27,
+    "Tab": 9,
+    " ": 32,
+    "Backspace": 8,
+    "Delete": 46,
+    ".": 190,
+    "/": 191,
+    ";": 186,
+    "[": 219,
+    "]": 221,
+}
+_KEYS |= {name: 33 + number for number, name in enumerate(("PageUp", "PageDown", "End", "Home"))}
+_KEYS |= {f"Arrow{name}": 37 + number for number, name in enumerate(("Left", "Up", "Right", "Down"))}
+_KEYS |= {f"F{number}": 111 + number for number in range(1, 13)} | {
+    letter: ord(letter) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+}
+_CODES = {" ": "Space", ".": "Period", "/": "Slash", ";": "Semicolon", "[": "BracketLeft", "]": "BracketRight"}
+_MODIFIERS = {"Alt": 1, "Control": 2, "Meta": 4, "Shift": 8}
 
 
 class Chromium:
@@ -93,14 +112,24 @@ class Chromium:
             self._process.kill()
             self._process.wait()
 
-    def open(self, url: str, *, width: int = 1000, height: int = 900) -> Page:
-        """A new tab at an address; what goes wrong from its first request on is noted."""
+    def open(self, url: str, *, width: int = 1000, height: int = 900, script: str = "") -> Page:
+        """A new tab at an address; what goes wrong from its first request on is noted.
+
+        Args:
+            url: The address.
+            width: Of the page.
+            height: Of the page.
+            script: JavaScript that runs before the page's own.
+
+        Returns:
+            The tab.
+        """
         target = self.command("Target.createTarget", {"url": "about:blank", "newWindow": True})
         attached = self.command("Target.attachToTarget", {"targetId": target["targetId"], "flatten": True})
         page = self._pages[attached["sessionId"]] = Page(self, attached["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             page.command(f"{domain}.enable")
-        page.command("Page.addScriptToEvaluateOnNewDocument", {"source": _TELL_VIOLATIONS})
+        page.command("Page.addScriptToEvaluateOnNewDocument", {"source": _TELL_VIOLATIONS + script})
         page.look(width=width, height=height)
         page.go(url)
         return page
@@ -210,13 +239,30 @@ class Page:
             facts = {"type": kind, "x": where[0], "y": where[1], "button": "left", "clickCount": 1}
             self.command("Input.dispatchMouseEvent", facts)
 
-    def press(self, key: str) -> None:
-        """Press and release a key: `Enter`, `Escape`, `Tab` or a space."""
-        facts = {"key": key, "windowsVirtualKeyCode": _KEYS[key], "code": "Space" if key == " " else key}
-        text = {"Enter": "\r", " ": " "}.get(key)
+    def press(self, chord: str) -> None:
+        """Press and release a key, with others held down or without: `Enter`, `Control+Alt+P`, a space."""
+        *held, key = chord.split("+")
+        modifiers = sum(_MODIFIERS[name] for name in held)
+        code = _CODES.get(key) or (
+            f"Key{key}" if key.isalpha() and len(key) == 1 else f"Digit{key}" if key.isdigit() else key
+        )
+        facts = {"key": key.lower() if len(key) == 1 and "Shift" not in held else key, "code": code}
+        facts |= {"windowsVirtualKeyCode": _KEYS[key], "modifiers": modifiers}
+        text = {"Enter": "\r", " ": " "}.get(key) if not modifiers & ~_MODIFIERS["Shift"] else None
         down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}
         self.command("Input.dispatchKeyEvent", {**facts, **down})
         self.command("Input.dispatchKeyEvent", {**facts, "type": "keyUp"})
+
+    def type_keys(self, text: str) -> None:
+        """Type a text key by key, so that what listens to keys, as an editor does, hears each."""
+        for letter in text:
+            if letter == "\n":
+                self.press("Enter")
+                continue
+            known = letter.upper() in _KEYS and letter.isalnum()
+            facts = {"key": letter, "windowsVirtualKeyCode": _KEYS[letter.upper()] if known else 0}
+            self.command("Input.dispatchKeyEvent", {**facts, "type": "keyDown", "text": letter})
+            self.command("Input.dispatchKeyEvent", {**facts, "type": "keyUp"})
 
     def type(self, text: str) -> None:
         """Put text where the focus is."""

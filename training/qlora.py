@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 Tell = Callable[[Progress], None]
 
 _PACKAGES = {"trl": "trl>=1.14,<2", "datasets": "datasets>=4.7", "peft": "peft>=0.18", "accelerate": "accelerate>=1.10"}
+_OUR_ID = re.compile(r"p_\w+|base:\d+")  # ids of another's data set may be anything, also a secret
 _VERSIONS_OF = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 _JOB, _FACTS, _LOG, _STOP = "job.json", "facts.json", "processes.log", "stop"
 _POLL_S = 0.5
@@ -425,6 +427,8 @@ def make_trainer(
         disable_tqdm=True,
     )
     model = get_peft_model(base, lora)
+    if arguments.n_gpu > 1:  # of what it sees, this process uses one
+        arguments._n_gpu = 1
     trainer = _trainer_class()(
         model=model,
         args=arguments,
@@ -799,6 +803,7 @@ def _manifest(job: Job, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "base": {"name": request.model_name, "digest": request.model_digest, "quantization": job.quantization},
         "data": {"train": {**job.train.to_json(), "rows": len(job.rows)}, "val": job.val.to_json()},
+        "row_ids": sorted(filter(_OUR_ID.fullmatch, job.train.ids)),  # forgetting an edit finds its adapters by them
         "hyperparameters": request.config.to_json(),
         "num_gpus": request.num_gpus,
         "estimated_memory_bytes": job.needed_bytes,

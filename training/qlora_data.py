@@ -53,12 +53,14 @@ class Examples:
 
     Args:
         usable: Those that fit a row.
+        ids: Their ids; empty for those that have none.
         too_long: Ids of those that do not.
         num_lines: Lines of the file.
         sha256: Of the file.
     """
 
     usable: list[Example] = field(default_factory=list[Example])
+    ids: list[str] = field(default_factory=list[str])
     too_long: list[str] = field(default_factory=list[str])
     num_lines: int = 0
     sha256: str = ""
@@ -115,6 +117,7 @@ def read_examples(path: Path, tokenizer: HFChatTokenizer, row_tokens: int) -> Ex
             found.too_long.append(fields.get("id") or f"line {number}")
         else:
             found.usable.append(example)
+            found.ids.append(fields["id"])
     return found
 
 

@@ -282,6 +282,8 @@ class Summary:
         is_applied: Whether its text is in the file.
         num_hunks: Number of its edits.
         error: Why it was refused, if it was.
+        model: Model id.
+        total_s: Seconds from asking to having it.
     """
 
     id: str
@@ -295,6 +297,8 @@ class Summary:
     is_applied: bool
     num_hunks: int
     error: str = ""
+    model: str = ""
+    total_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The line, for programs.
@@ -409,7 +413,8 @@ def add_up(events: Iterable[Event]) -> Standing:
                 standing = replace(standing, state=State.ROLLED_BACK, is_applied=False)
             case "accepted" | "rejected":
                 explicit = Label(event.kind)
-                standing = replace(standing, state=State(event.kind))
+                final = event.text_sha256 or standing.final_text_sha256
+                standing = replace(standing, state=State(event.kind), final_text_sha256=final)
             case "label":
                 implicit = Label(event.data["label"])
                 standing = replace(standing, final_text_sha256=event.text_sha256)
@@ -582,6 +587,8 @@ def summary_of(row: Any, standing: Standing) -> Summary:
         is_applied=standing.is_applied,
         num_hunks=len(json.loads(row["edits"])),
         error=error.get("message", ""),
+        model=row["model"],
+        total_s=float(cast("dict[str, Any]", json.loads(row["timings"])).get("total_s", 0.0)),
     )
 
 

@@ -34,8 +34,6 @@ from lsp_server.records import Records
 from lsp_server.session import Session
 from tests.browser import Chromium
 from tests.command_line import start
-from tests.editors.chromium import missing, program
-from tests.steering import CHROMIUM
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="tests/browser.py is for Linux")]
 
@@ -56,19 +54,6 @@ HOSTILE = (
 
 
 # --- fixtures --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def chromium_program() -> str:
-    """Skip where there is no Chromium; where CI is set it has to be there."""
-    reason = missing(CHROMIUM)
-    if reason and os.environ.get("CI") == "true":
-        pytest.fail(f"{reason}: python tests/editors/chromium.py", pytrace=False)
-    if reason:
-        pytest.skip(f"{reason}: python tests/editors/chromium.py installs it")
-    found = program(CHROMIUM)
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -525,6 +525,72 @@ def test_our_notifications_go_only_to_clients_that_asked(start: Callable[..., Ls
     assert asking.seen("planpatch/status")[-1]["state"] == "ready"
 
 
+PRESENTING = {"notifications": True, "presents": True}
+
+
+def test_a_client_that_presents_patches_itself_is_not_asked_and_hears_of_each(
+    start: Callable[..., LspClient], workspace: Path, script: Path
+) -> None:
+    client = start()
+    uri = opened(client, workspace, options=PRESENTING)
+    job = ask_for_patch(client, uri)
+    client.wait_for(lambda: client.seen("planpatch/status")[-1]["pending"] == [job["patchId"]])
+    assert client.seen("window/showMessageRequest") == client.seen("workspace/applyEdit") == []
+    assert job["patch"]["warnings"] == []
+    assert client.seen("planpatch/status")[-1]["last"]["patch"]["numTokens"] == len(FIXED)
+    script.write_text("def add(a, b):\n    return nowhere(a)\n", encoding="utf-8")
+    assert ask_for_patch(client, uri, fresh=True)["state"] == "refused"
+    assert client.messages() == []
+    client.stop()
+
+    client = start()
+    opened(client, workspace, options=PRESENTING)
+    client.wait_for(lambda: [told for told in client.seen("planpatch/status") if told["pending"] == [job["patchId"]]])
+    assert client.job(client.command("planpatch.apply", {"patchId": job["patchId"], "hunks": [0]}))["ok"] is True
+    assert client.seen("planpatch/status")[-1]["pending"] == []
+
+
+def test_a_patch_is_previewed_when_the_client_asks_for_that(start: Callable[..., LspClient], workspace: Path) -> None:
+    client = start()
+    edits = {"documentChanges": True, "changeAnnotationSupport": {}}
+    capabilities = {**CAPABILITIES, "workspace": {**CAPABILITIES["workspace"], "workspaceEdit": edits}}
+    uri = opened(client, workspace, options=PRESENTING, capabilities=capabilities)
+    job = ask_for_patch(client, uri)
+    assert client.job(client.command("planpatch.apply", {"patchId": job["patchId"], "confirm": True}))["ok"] is True
+    (edit,) = client.seen("workspace/applyEdit")
+    assert [note["needsConfirmation"] for note in edit["edit"]["changeAnnotations"].values()] == [True]
+
+
+def test_the_status_of_a_file_names_its_presets_and_plans(
+    start: Callable[..., LspClient], workspace: Path, script: Path
+) -> None:
+    client = start()
+    uri = opened(client, workspace)
+    script.write_text("add, do not", encoding="utf-8")
+    argument = {"uri": uri, "position": {"line": 5, "character": 0}, "intent": "add them"}
+    planned = client.job(client.command("planpatch.plan", argument))
+    status = client.command("planpatch.status", {"uri": uri})
+    assert status["plans"] == [{"function": "add", "file": planned["planDocument"], "intent": "add them"}]
+    assert status["presets"]["simplify"] == "Simplify"
+    assert status["last"]["plan"]["numTokens"] == len("add, do not")
+    text = Path(planned["planDocument"]).read_text(encoding="utf-8")
+    assert "Lines 5 to 6; context: " in text
+    assert "left out: nothing.\n\n    def add(a, b):\n        return a - b\n\n## Intent\n" in text
+
+
+def test_the_ledger_is_listed_with_models_and_times_as_far_as_asked(
+    start: Callable[..., LspClient], workspace: Path
+) -> None:
+    client = start()
+    uri = opened(client, workspace)
+    made = [ask_for_patch(client, uri, fresh=True)["patchId"] for _ in range(2)]
+    (latest,) = client.command("planpatch.ledger", {"limit": 1})["proposals"]
+    assert (latest["id"], latest["model"]) == (made[1], "scripted")
+    assert latest["total_s"] > 0
+    with pytest.raises(LspError, match="`limit` is a number from 1 to 1000"):
+        client.command("planpatch.ledger", {"limit": 0})
+
+
 def test_settings_come_from_the_client_and_a_bad_one_is_named(start: Callable[..., LspClient], workspace: Path) -> None:
     client = start(settings={"apply": "perhaps", "plan": {"maxNewTokens": 20}, "style": None, "nonsense": 1})
     client.initialize(workspace)
@@ -581,6 +647,11 @@ def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp
             client.command("planpatch.model", {"name": "no-such-model"})
         assert client.command("planpatch.model")["state"] == "absent"
         assert client.stop() == 0
+    with LspClient(tmp_path / "home", "--model", "qwen2.5-coder-0.5b-instruct") as client:
+        opened(client, workspace, options=PRESENTING)
+        client.wait_for(lambda: [told for told in client.seen("planpatch/status") if told["state"] == "absent"])
+        client.command("planpatch.status")
+        assert client.seen("window/showMessageRequest") == []
 
 
 @pytest.mark.slow
@@ -717,7 +788,7 @@ def test_a_bad_adapter_or_model_is_told_and_not_kept(start: Callable[..., LspCli
     client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready")
     with pytest.raises(LspError, match="/nope does not exist"):
         client.command("planpatch.adapter", {"name": "/nope"})
-    assert client.command("planpatch.adapter") == {"adapter": None, "setting": "auto"}
+    assert client.command("planpatch.adapter") == {"adapter": None, "setting": "auto", "adapters": []}
     client.settings = {"model": "nope"}
     client.notify("workspace/didChangeConfiguration", {"settings": None})
     client.wait_for(

@@ -32,6 +32,19 @@ def test_a_client_without_capabilities_is_asked_for_nothing_beyond_the_protocol(
     assert ClientProfile.of("", {}, "utf-16", {}) == ClientProfile("", "utf-16")
 
 
+@pytest.mark.parametrize(
+    ("options", "presents"),
+    [
+        ({"notifications": True, "presents": True}, True),
+        ({"notifications": True, "presents": 1}, False),
+        ({"notifications": ["job"], "presents": True}, False),  # it would hear of nothing that it says it shows
+        ({"presents": True}, False),
+    ],
+)
+def test_who_presents_by_itself_has_to_hear_of_everything(options: Any, presents: bool) -> None:
+    assert ClientProfile.of("x", {}, "utf-16", options).presents is presents
+
+
 def test_what_clients_do_beyond_their_word_is_known() -> None:
     assert ClientProfile.of("Neovim", {}, "utf-8", {}).has_versioned_edits
     disabled = {"textDocument": {"codeAction": {"disabledSupport": True}}}

@@ -55,9 +55,15 @@ def test_too_little_memory_names_who_holds_it(tmp_path: Path) -> None:
     (folder / "bad.json").write_text("{")
     host, _ = loaded(FakeSession(tmp_path, ModelError("It needs 9 GB, and 2 are free", needed_bytes=9)))
     assert host.status.state == "failed"
+    assert host.status.reason == "held"
     assert host.status.message.startswith("It needs 9 GB, and 2 are free; process ")
     assert f"process {other} (Neovim, /work/app) holds qwen3-8b, " in host.status.message
     assert [file.name for file in folder.iterdir()] == [f"{other}.json"], "marks of the dead are removed"
+
+
+def test_too_little_memory_that_nobody_holds_is_told_apart(tmp_path: Path) -> None:
+    host, _ = loaded(FakeSession(tmp_path, ModelError("It needs 9 GB, and 2 are free", needed_bytes=9)))
+    assert (host.status.reason, host.status.message) == ("memory", "It needs 9 GB, and 2 are free")
 
 
 def test_a_library_that_fails_leaves_the_server_alive(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import PathError, UsageError
-from lsp_server.plan_documents import PlanDocuments, PlanText
+from engine.patching.patcher import Plan
+from engine.patching.scopes import find_scope
+from engine.patching.source import Source
+from lsp_server.plan_documents import PlanDocuments, PlanText, shown_context
 
 
 def test_a_document_is_written_read_and_found_again_by_another_server(tmp_path: Path) -> None:
@@ -25,6 +28,20 @@ def test_a_document_is_written_read_and_found_again_by_another_server(tmp_path: 
     assert (found.file, found.plan_id, found.intent) == (document.file, "pl_1", "use the width")
     assert PlanDocuments(folder).find(path, "Box") is None
     assert PlanDocuments(folder).find(tmp_path / "b.py", "Box.area") is None
+
+
+def test_what_is_shown_of_the_function_is_no_part_of_the_plan(tmp_path: Path) -> None:
+    code = 'def f():\r\n    """<!-- x\r\n## Plan\r- not a step\n    -->"""\n    return 1  # 🙂\n'
+    source = Source.from_text(code, "a.py")
+    plan = Plan("pl_1", "a.py", find_scope(source), source.sha256, "x", ("one",), dropped=("3 of 30 lines above",))
+    about = shown_context(plan, code, 2048)
+    documents = PlanDocuments(tmp_path)
+    document = documents.write(tmp_path / "a.py", "f", "do it", ["one"], "pl_1", about)
+    text = document.file.read_text(encoding="utf-8")
+    assert "Lines 1 to 6; context: 0 of 2048 tokens; left out: 3 of 30 lines above.\n\n    def f():\n" in text
+    assert documents.read(document) == PlanText("do it", ("one",))
+    assert [one.function for one in documents.of(tmp_path / "a.py")] == ["f"]
+    assert documents.of(tmp_path / "b.py") == []
 
 
 @pytest.mark.parametrize(

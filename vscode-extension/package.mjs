@@ -1,0 +1,53 @@
+// `npm run package`: the server's wheel, the bundle, and one .vsix of both. Reaches no network.
+
+import { execFileSync } from "node:child_process";
+import { existsSync, mkdirSync, readdirSync, rmSync, statSync } from "node:fs";
+import path from "node:path";
+import { fileURLToPath } from "node:url";
+
+const here = path.dirname(fileURLToPath(import.meta.url));
+const root = path.dirname(here);
+const LARGEST_BYTES = 1_000_000;
+
+const vsix = path.join(here, "planpatch.vsix");
+buildWheel(path.join(here, "server"));
+run(process.execPath, [path.join(here, "esbuild.mjs"), "--production"], here);
+const vsce = path.join(here, "node_modules", "@vscode", "vsce", "vsce");
+run(process.execPath, [vsce, "package", "--no-dependencies", "--allow-missing-repository", "--out", vsix], here);
+const bytes = statSync(vsix).size;
+if (bytes >= LARGEST_BYTES) {
+  throw new Error(`${vsix} has ${bytes} bytes; at most ${LARGEST_BYTES} are allowed`);
+}
+console.log(`${path.relative(process.cwd(), vsix)}: ${(bytes / 1000).toFixed(0)} kB`);
+
+/** The wheel that the extension installs into its own environment, made with the Python that has hatchling. */
+function buildWheel(folder) {
+  rmSync(folder, { recursive: true, force: true });
+  mkdirSync(folder, { recursive: true });
+  run(pythonWithHatchling(), ["-I", "-m", "hatchling", "build", "-t", "wheel", "-d", folder], root);
+  const wheels = readdirSync(folder).filter((name) => name.endsWith(".whl"));
+  if (wheels.length !== 1) {
+    throw new Error(`hatchling left ${wheels.length} wheels in ${folder}`);
+  }
+}
+
+function pythonWithHatchling() {
+  const beside = process.platform === "win32" ? "Scripts\\python.exe" : "bin/python";
+  const candidates = [process.env.PLANPATCH_PYTHON, path.join(root, ".venv", beside), "python3", "python"];
+  for (const python of candidates) {
+    if (!python || (path.isAbsolute(python) && !existsSync(python))) {
+      continue;
+    }
+    try {
+      execFileSync(python, ["-I", "-c", "import hatchling.build"], { stdio: "ignore" });
+      return python;
+    } catch {
+      continue;
+    }
+  }
+  throw new Error("no Python with hatchling: run `python run.py check` once, or set PLANPATCH_PYTHON to one that has it");
+}
+
+function run(command, args, cwd) {
+  execFileSync(command, args, { cwd, stdio: "inherit" });
+}
