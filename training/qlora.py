@@ -79,7 +79,7 @@ Tell = Callable[[Progress], None]
 _PACKAGES = {"trl": "trl>=1.14,<2", "datasets": "datasets>=4.7", "peft": "peft>=0.18", "accelerate": "accelerate>=1.10"}
 _OUR_ID = re.compile(r"p_\w+|base:\d+")  # ids of another's data set may be anything, also a secret
 _VERSIONS_OF = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-_JOB, _FACTS, _LOG = "job.json", "facts.json", "processes.log"
+_JOB, _FACTS, _LOG, _STOP = "job.json", "facts.json", "processes.log", "stop"
 _POLL_S = 0.5
 _HEAD_TOKENS = 512
 _WARM_UP_STEPS = 2  # the first steps choose kernels and grow memory
@@ -607,6 +607,7 @@ class _Reporter:
         self._step_s: list[float] = []
         self._first_step = 0
         self._is_stopped = False
+        self._stop_file = run.folder / _STOP
         self._handlers: dict[int, Any] = {}
         self.history: list[dict[str, float]] = []
 
@@ -628,13 +629,24 @@ class _Reporter:
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 reporter.logged(state, logs or {})
-                if reporter._is_stopped:
+                if reporter.is_stopped_anywhere():
                     control.should_save = control.should_training_stop = True
 
         trainer.add_callback(Follow())
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not the main thread
                 self._handlers[number] = signal.signal(number, self._stop)
+
+    def is_stopped_anywhere(self) -> bool:
+        """Whether any process of the run was asked to stop: all must stop at the same step."""
+        import torch
+
+        if torch.distributed.is_initialized():
+            self._is_stopped = self._is_stopped or self._stop_file.exists()
+            flag = torch.tensor([self._is_stopped], dtype=torch.int32, device=self._job.request.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self._is_stopped = bool(flag.item())
+        return self._is_stopped
 
     def leave(self) -> None:
         """Give signals back to whoever had them."""
@@ -815,9 +827,15 @@ def _train_in_processes(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
         *["--num_processes", str(job.request.num_gpus), "--mixed_precision", "no", "--dynamo_backend", "no"],
         *["--main_process_port", "0", "--no_python", *python, "training.qlora", "--worker", str(run.folder)],
     ]
-    (run.folder / _FACTS).unlink(missing_ok=True)
+    for name in (_FACTS, _STOP):
+        (run.folder / name).unlink(missing_ok=True)
+    own_group: dict[str, Any] = (  # a terminal's Ctrl-C reaches this process alone
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        if sys.platform == "win32"
+        else {"start_new_session": True}
+    )
     with (run.folder / _LOG).open("wb") as log:
-        process = subprocess.Popen(command, cwd=run.folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=run.folder, stdout=log, stderr=subprocess.STDOUT, **own_group)
         try:
             _relay(process, run, tell)
         finally:
@@ -834,30 +852,30 @@ def _train_in_processes(job: Job, run: Run, tell: Tell) -> dict[str, Any]:
     return facts
 
 
-def _relay(process: subprocess.Popen[bytes], run: Run, tell: Tell) -> None:
-    """Tell what the first process writes of its progress, until all have ended; a stop is passed on once."""
+def _relay(process: subprocess.Popen[Any], run: Run, tell: Tell) -> None:
+    """Tell what the first process writes of its progress, until all have ended. A stop is passed on by a file."""
     last: dict[str, Any] = {}
-    is_stopped: list[int] = []
 
-    def stop(number: int, _: Any) -> None:
-        if not is_stopped:
-            is_stopped.append(number)
-            process.send_signal(signal.SIGTERM)
+    def stop(*_: Any) -> None:
+        (run.folder / _STOP).touch()
 
-    with suppress(ValueError):
-        signal.signal(signal.SIGTERM, stop)
-    while process.poll() is None:
-        try:
+    handlers: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # not the main thread
+            handlers[number] = signal.signal(number, stop)
+    try:
+        while process.poll() is None:
             time.sleep(_POLL_S)
-        except KeyboardInterrupt:
-            is_stopped.append(signal.SIGINT)  # the terminal sends it to every process of the group
-        found = read_json(run.folder / PROGRESS)
-        if found and found != last:
-            last = found
-            tell(Progress(**found))
+            found = read_json(run.folder / PROGRESS)
+            if found and found != last:
+                last = found
+                tell(Progress(**found))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[Any]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
@@ -890,8 +908,9 @@ def _work(folder: Path) -> None:
         job, run = _job_of_process(facts)
         found = train_here(job, run, lambda _: None)
     except PlanPatchError as error:
-        if is_first:
-            write_json(folder / _FACTS, {"error": error.to_json()})
+        write_json(folder / _FACTS, {"error": error.to_json()})  # the first that fails has the others ended
+        if isinstance(error, CancelledError):
+            return  # all stop at the same step, and none may end the others before they have saved
         raise
     if is_first:
         write_json(folder / _FACTS, found)

@@ -287,6 +287,10 @@ def test_processes_end_with_the_command_that_started_them(base: Path, tmp_path: 
     request_of(base, tmp_path, num_epochs=100)
     with trainer_process(base, tmp_path, "--num-gpus", "2", "--resume") as process:
         wait_for_a_step(process)
+        process.terminate()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1, errors
+        assert "tiny-v1 was stopped after step" in errors
 
 
 def wait_for_a_step(process: subprocess.Popen[str]) -> None:
