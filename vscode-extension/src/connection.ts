@@ -244,6 +244,9 @@ export class Connection implements vscode.Disposable {
       throw this.fail("version", `${launch.command}: planpatch ${this.serverVersion || "?"}; ${wanted}`);
     }
     this.setState("running");
+    if (launch.source === "environment" && this.environment.isOutdated()) {
+      tellFailure({ kind: "outdated", detail: "" });
+    }
   }
 
   private spawn(launch: Launch): Promise<ChildProcess> {
