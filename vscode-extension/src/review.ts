@@ -12,6 +12,8 @@ import { besideColumn, idOf, SCHEME, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
+const OFFERED_MS = 5000;
+
 interface Shown {
   review: PatchReview;
   entry: Entry;
@@ -110,7 +112,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
       warnings.forEach((warning) => void vscode.window.showWarningMessage(`PlanPatch: ${warning}`));
       return;
     }
-    const shown = await this.load(id);
+    const shown = (await this.isOffered(id)) ? await this.load(id) : null;
     if (shown === null) {
       return;
     }
@@ -140,6 +142,27 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     const line = lensLine(edit, editor.document.lineCount);
     editor.selection = new vscode.Selection(line, 0, line, 0);
     editor.revealRange(editor.selection, vscode.TextEditorRevealType.InCenterIfOutsideViewport);
+  }
+
+  /** A job's end comes a moment before the status that says that its patch waits. */
+  private isOffered(id: string): Promise<boolean> {
+    const isSo = (): boolean => this.connection.status?.pending.includes(id) ?? false;
+    if (isSo()) {
+      return Promise.resolve(true);
+    }
+    return new Promise((resolve) => {
+      const end = (answer: boolean): void => {
+        clearTimeout(timer);
+        listening.dispose();
+        resolve(answer);
+      };
+      const timer = setTimeout(() => end(false), OFFERED_MS);
+      const listening = this.connection.onDidChange(() => {
+        if (isSo()) {
+          end(true);
+        }
+      });
+    });
   }
 
   private tellEnd(job: Job): void {
