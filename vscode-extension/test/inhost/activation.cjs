@@ -1,0 +1,27 @@
+// What the extension costs before and when a Python file is opened.
+"use strict";
+
+const assert = require("node:assert/strict");
+const fs = require("node:fs/promises");
+const path = require("node:path");
+const vscode = require("vscode");
+
+const { workspace } = JSON.parse(process.env.PLANPATCH_INHOST);
+const EXTENSION = "planpatch.planpatch";
+const MOST_MS = 1000; // generous: the figure is what counts, and the machine may be busy
+
+describe("activation", () => {
+  it("does nothing before a Python file is opened, and little then", async () => {
+    const extension = vscode.extensions.getExtension(EXTENSION);
+    assert.ok(extension, `${EXTENSION} is not here`);
+    await fs.writeFile(path.join(workspace, "notes.md"), "# Notes\n");
+    await vscode.window.showTextDocument(await vscode.workspace.openTextDocument(path.join(workspace, "notes.md")));
+    assert.equal(extension.isActive, false);
+
+    const startedAt = performance.now();
+    await extension.activate();
+    const took = performance.now() - startedAt;
+    console.log(`suite: figures ${JSON.stringify({ "activation, loading its code included, ms": Math.round(took) })}`);
+    assert.ok(took < MOST_MS, `${took} ms`);
+  });
+});
