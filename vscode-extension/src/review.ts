@@ -123,7 +123,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     if (this.connection.own.review === "preview") {
       await this.preview(id);
     } else if (this.connection.own.review === "diff") {
-      await this.showDiff(id);
+      await keepFocus(() => this.showDiff(id));
     }
     vscode.window.setStatusBarMessage(t("PlanPatch: a patch waits in {0}", entryName(shown.entry)), 5000);
   }
@@ -407,10 +407,19 @@ export async function openDiff(texts: Texts, entry: Entry): Promise<void> {
   const selection = edit === undefined ? undefined : new vscode.Range(edit.start_line - 1, 0, edit.start_line - 1, 0);
   await vscode.commands.executeCommand("vscode.diff", before, after, title, {
     viewColumn: besideColumn(entry.path === null ? undefined : vscode.Uri.file(entry.path)),
-    preserveFocus: true,
     preview: true,
     selection,
   });
+}
+
+/** Open something beside without taking the user away from where they type; `vscode.diff` takes no notice of that wish. */
+async function keepFocus(open: () => Promise<void>): Promise<void> {
+  const before = vscode.window.activeTextEditor;
+  await open();
+  if (before?.viewColumn !== undefined && vscode.window.activeTextEditor !== before) {
+    const { document, selection, viewColumn } = before;
+    await vscode.window.showTextDocument(document, { viewColumn, selection });
+  }
 }
 
 /** Where the hunks of a patch are in a document: the file itself, or the right side of the diff. */
