@@ -152,7 +152,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.wait_for(LENS, "Accept", LONG_S)
         code.wait_for(".tab.active", "(PlanPatch)")
         code.press("Control+1")
-        code.wait_for(STATUS, "Ln 7")
+        code.go_to(7)
         picture(code, "4-review")
         assert "<<<<<<<" not in code.page.text() and code.editor_text() == STATS
 
