@@ -147,18 +147,14 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.type("use += in the first loop and return a dictionary")
         picture(code, "1-intent")
         code.press("Enter")
-        is_planned = "Patch from this plan"  # a quick machine is done between two looks
-        wait_until(lambda: tokens(code, "planning") > 3 or code.sees(LENS, is_planned), "no plan", LONG_S)
-        picture(code, "2-plan-is-written")
-
         write_plan(code, tmp_path, "Use += for total and count in the first loop.", "Return a dictionary, not a tuple.")
-        picture(code, "3-plan-is-edited")
+        picture(code, "2-plan")
         code.press("Control+Alt+Enter")
         code.wait_for(LENS, "Accept", LONG_S)
         code.wait_for(".tab.active", "(PlanPatch)")
         code.press("Control+1")
         code.go_to(7)
-        picture(code, "4-review")
+        picture(code, "3-review")
         assert "<<<<<<<" not in code.page.text() and code.editor_text() == STATS
 
         hunks = len(code.texts(LENS, "Accept"))
@@ -171,7 +167,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.wait_for(TOAST, "applied to summary")
         patched = code.wait_for_editor(lambda text: text != STATS)
         assert "total += value" in patched and "return total, count, largest" in patched
-        picture(code, "5-applied")
+        picture(code, "4-applied")
         code.press("Control+Z")
         code.wait_for_editor(lambda text: text == STATS)
         code.press("Control+Y")
@@ -191,7 +187,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.wait_for_editor(lambda text: text == patched)
         code.run("PlanPatch: Roll Back the Last Patch of This File")
         code.wait_for_editor(lambda text: text == STATS)
-        picture(code, "6-rolled-back")
+        picture(code, "5-rolled-back")
         code.press("Control+S")
         wait_until(lambda: file.read_bytes() == STATS.encode(), "the file is not what it was")
     (entry,) = ledger(workspace)
@@ -220,7 +216,7 @@ def film(folder: Path) -> None:
     ]
     target = folder / "planpatch.gif"
     small[0].save(target, save_all=True, append_images=small[1:], duration=2500, loop=0, optimize=True)
-    assert len(small) == 6 and target.stat().st_size < 1_000_000
+    assert len(small) == 5 and target.stat().st_size < 1_000_000
 
 
 @pytest.mark.long
