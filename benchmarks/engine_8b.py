@@ -26,7 +26,7 @@ import torch
 
 from engine.inference.engine import EngineConfig
 from engine.inference.random_model import qwen3_8b, random_model
-from lsp_server.bench_engine import Sizes, copy_rate, measure
+from lsp_server.bench_engine import Figures, Sizes, copy_rate, measure, measure_llama
 from lsp_server.bench_workload import read_workload
 
 
@@ -40,13 +40,22 @@ def main() -> None:
     parser.add_argument("--backends", default="planpatch", help="generate takes a minute an edit in 8 bit")
     parser.add_argument("--generate-edits", type=int, default=1, help="of each workload, for generate")
     parser.add_argument("--generate-repeats", type=int, default=1)
+    parser.add_argument("--llama-cpp", type=Path, help="llama-bench, perhaps with llama-lookup beside it; needs --gguf")
+    parser.add_argument("--gguf", type=Path, help="its model, of random_gguf.py")
+    parser.add_argument("--llama-edits", type=int, default=2, help="of each workload, for llama-lookup")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    workload = read_workload()
+    beside: dict[str, Figures] = {}
+    if given.llama_cpp is not None:  # first: the GPU's memory is its own
+        beside = measure_llama(
+            given.llama_cpp, given.gguf, workload, given.edits, given.llama_edits, given.tokenizer, on_gpu=True
+        )
     loaded = random_model(qwen3_8b(), given.quantization, torch.float16)
     loaded = replace(loaded, folder=given.tokenizer, name="Qwen3-8B shapes, random weights")
     config = EngineConfig(kv_cache_tokens=given.kv_tokens)
     sizes = Sizes(num_recordings=given.edits, slow_recordings=given.generate_edits, slow_repeats=given.generate_repeats)
-    found = measure(loaded, config, read_workload(), sizes, given.backends.split(","), lambda text: print(text))
+    found = measure(loaded, config, workload, sizes, given.backends.split(","), lambda text: print(text)) | beside
     facts = {
         "device": torch.cuda.get_device_name(),
         "model": loaded.name,

@@ -105,7 +105,7 @@ def _watch_loading(parts: dict[str, float]) -> None:
     from engine.inference import loading
 
     loading._import_bitsandbytes = _timed(parts, "import bitsandbytes", loading._import_bitsandbytes)
-    loading._read_weights = _timed(parts, "read and quantize", loading._read_weights)
+    loading.read_weights = _timed(parts, "read and quantize", loading.read_weights)
     loading._read_kept = _timed(parts, "read kept, and imports", loading._read_kept)
 
 

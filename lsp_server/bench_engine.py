@@ -539,6 +539,48 @@ def _peak_memory_gb(device: torch.device) -> float:
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
+def measure_llama(
+    program: Path,
+    gguf: Path,
+    workload: Workload,
+    num_edits: int | None,
+    num_lookup_edits: int | None,
+    tokenizer: Path,
+    *,
+    on_gpu: bool,
+) -> dict[str, Figures]:
+    """llama.cpp's plain decoding, and its own lookup decoding where `llama-lookup` lies beside `llama-bench`.
+
+    Args:
+        program: The `llama-bench` of a build.
+        gguf: The model's file.
+        workload: The recorded edits.
+        num_edits: Edits of each workload, for the length of answers; all if None.
+        num_lookup_edits: Edits of each workload that `llama-lookup` writes, each in a process of its own.
+        tokenizer: The folder with the tokenizer of the recordings.
+        on_gpu: Whether all layers go to the GPU.
+
+    Returns:
+        Figures by the backend's name.
+
+    Raises:
+        EnvironmentFault: A program cannot be run, or prints something else.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    edits = [one for name in WORKLOADS for one in workload.of(name, num_edits)]
+    console.say("llama.cpp")
+    found = {"llama.cpp": measure_llama_cpp(program, gguf, edits, threads, on_gpu=on_gpu)}
+    lookup = program.with_name(program.name.replace("llama-bench", "llama-lookup"))
+    if lookup != program and os.access(lookup, os.X_OK):
+        console.say("llama.cpp with lookup")
+        few = [one for name in WORKLOADS for one in workload.of(name, num_lookup_edits)]
+        texts = [(one, _whole_text(tokenizer, one.prompt)) for one in few]
+        found["llama.cpp_lookup"] = measure_llama_lookup(lookup, gguf, texts, threads, on_gpu=on_gpu)
+    return found
+
+
 def measure_llama_cpp(
     program: Path, gguf: Path, edits: Sequence[Recording], num_threads: int, *, on_gpu: bool
 ) -> Figures:
@@ -700,15 +742,9 @@ def bench_engine(
         sizes = replace(sizes, num_recordings=num_edits, slow_recordings=num_edits)
     beside: dict[str, Figures] = {}
     if llama_cpp is not None and gguf is not None:  # first: it is soon done, and may fail
-        console.say("llama.cpp")
-        edits = [one for name in WORKLOADS for one in workload.of(name, sizes.num_recordings)]
-        beside["llama.cpp"] = measure_llama_cpp(llama_cpp, gguf, edits, torch.get_num_threads(), on_gpu=on_gpu)
-        lookup = llama_cpp.with_name(llama_cpp.name.replace("llama-bench", "llama-lookup"))
-        if lookup != llama_cpp and os.access(lookup, os.X_OK):
-            console.say("llama.cpp with lookup")
-            texts = [(one, _whole_text(loaded.folder, one.prompt)) for one in edits]
-            threads = torch.get_num_threads()
-            beside["llama.cpp_lookup"] = measure_llama_lookup(lookup, gguf, texts, threads, on_gpu=on_gpu)
+        beside = measure_llama(
+            llama_cpp, gguf, workload, sizes.num_recordings, sizes.num_recordings, loaded.folder, on_gpu=on_gpu
+        )
     found = measure(loaded, session.engine_config(), workload, sizes, backends, console.say) | beside
     device = torch.cuda.get_device_name(loaded.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     facts = {

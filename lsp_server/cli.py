@@ -23,9 +23,10 @@ from engine.inference.loading import set_runtime_defaults
 from engine.patching.ledger_records import path_key
 from lsp_server import console
 from lsp_server.argument_text import refuse_undecodable
+from lsp_server.cli_adapters import adapters_app
 from lsp_server.cli_journal import keep_journal
 from lsp_server.cli_ledger import ledger_app
-from lsp_server.cli_models import adapters_app, models_app
+from lsp_server.cli_models import models_app
 from lsp_server.cli_options import (
     AdapterOption,
     DeviceOption,
@@ -257,10 +258,12 @@ def _hunk_indexes(text: str | None) -> tuple[int, ...] | None:
 
 def _register_later_commands() -> None:
     """Commands with modules of their own, imported here so that a broken one cannot hide the rest."""
+    from lsp_server import cli_gate
     from lsp_server.cli_bench import bench_app
     from lsp_server.cli_train import train_app
     from lsp_server.doctor import doctor
 
+    cli_gate.register(train_app)
     app.add_typer(bench_app, name="bench")
     app.add_typer(train_app, name="train")
     app.command()(doctor)

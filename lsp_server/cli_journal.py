@@ -28,7 +28,15 @@ def places_of(session: Session) -> Places:
     from training.forget import Places
 
     paths = session.paths
-    return Places(paths.home, paths.success_logs, paths.training_data, paths.plans, paths.models, paths.ledger)
+    return Places(
+        paths.home,
+        paths.success_logs,
+        paths.training_data,
+        paths.plans,
+        paths.models,
+        paths.ledger,
+        paths.qlora_out,
+    )
 
 
 def consent_of(session: Session) -> Consent:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from engine.errors import StaleTextError, UsageError, WriteError
 from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Applied, Label, Operation, State, Summary
-from lsp_server import console
+from lsp_server import console, survival
 from lsp_server.cli_options import JsonOption, open_session
 from lsp_server.running import edit_in_editor
 
@@ -118,8 +118,8 @@ def redo(patch_id: IdArgument, disk: DiskOption = False, as_json: JsonOption = F
 
 @ledger_app.command()
 def accept(patch_id: IdArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """Say that a patch was good."""
-    _label(patch_id, Ledger.accept, reason, as_json)
+    """Say that a patch was good. If you changed it in its file, your text is what is learnt from."""
+    _label(patch_id, survival.accept, reason, as_json)
 
 
 @ledger_app.command()

@@ -1,23 +1,16 @@
-"""`planpatch models` and `planpatch adapters`."""
+"""`planpatch models`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from engine.errors import AdapterError
-from engine.inference.adapters import BASE, read_adapter
 from lsp_server import console
-from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_options import JsonOption, open_session
-from lsp_server.session import Session
 from lsp_server.settings import MODEL_NAMES
 
 models_app = typer.Typer(help="Models on this machine.", no_args_is_help=True, rich_markup_mode=None)
-adapters_app = typer.Typer(help="Adapters of the model.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def _not_empty(name: str) -> str:
@@ -87,62 +80,3 @@ def rm(name: NameArgument, as_json: JsonOption = False) -> None:
         console.print_json({"removed": name, "bytes": num_bytes})
         return
     console.say(f"{name} is deleted, {num_bytes / 1e9:.1f} GB are free again")
-
-
-@adapters_app.command("list")
-def list_adapters(as_json: JsonOption = False) -> None:
-    """Show the adapters under the home and which one is used."""
-    session = open_session({}, None, as_json)
-    current = session.adapter()
-    folders = sorted(path.parent for path in session.paths.qlora_out.glob("*/adapter_config.json"))
-    if current is not None and current not in folders:
-        folders.append(current)
-    rows = [_adapter_facts(folder, current) for folder in folders]
-    if as_json:
-        console.print_json(rows)
-        return
-    console.print_table("", ("adapter", "used", "made for", "state"), [tuple(row.values())[:4] for row in rows])
-    if current is None:
-        console.say("the base model is used, without an adapter")
-
-
-def _adapter_facts(folder: Path, current: Path | None) -> dict[str, str]:
-    used = "yes" if current is not None and folder == current else ""
-    try:
-        files = read_adapter(folder)
-    except AdapterError as error:
-        return {"folder": str(folder), "used": used, "base": "", "state": error.message, "digest": ""}
-    return {"folder": str(folder), "used": used, "base": files.base_model, "state": "ok", "digest": files.digest}
-
-
-@adapters_app.command()
-def use(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder, or __none__ for the base model.", show_default=False)],
-    as_json: JsonOption = False,
-) -> None:
-    """Use an adapter from now on, until the next `use` or `rollback`."""
-    session = open_session({}, None, as_json)
-    folder = None if adapter == BASE else Path(adapter).absolute()
-    if folder is not None:
-        read_adapter(folder)
-    AdapterChoice(session.paths.adapter_choice).use(folder)
-    _say_current(session, as_json)
-
-
-@adapters_app.command()
-def rollback(as_json: JsonOption = False) -> None:
-    """Go back to what was used before the last `use`."""
-    session = open_session({}, None, as_json)
-    AdapterChoice(session.paths.adapter_choice).rollback()
-    _say_current(session, as_json)
-
-
-def _say_current(session: Session, as_json: bool) -> None:
-    current = session.adapter()
-    if as_json:
-        console.print_json({"adapter": str(current) if current else BASE})
-        return
-    console.say(f"used from now on: {escape(str(current)) if current else 'the base model'}")
-    if session.settings.adapter != "auto":
-        source = session.settings.source_of("adapter")
-        console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")

@@ -18,8 +18,9 @@ from rich.markup import escape
 from engine.errors import UsageError
 from engine.patching.ledger import Forgettable, Ledger
 from lsp_server import console
+from lsp_server.adapter_choice import AdapterChoice
 from lsp_server.cli_journal import consent_of, journal, places_of
-from lsp_server.cli_options import JsonOption, open_session
+from lsp_server.cli_options import JsonOption, ModelOption, open_session
 from lsp_server.session import Session
 from lsp_server.settings import opts_out
 
@@ -222,12 +223,16 @@ def forget(
     before: Annotated[
         str | None, typer.Option(metavar="DATE", help="Everything older, such as 2026-11-01; UTC without a zone.")
     ] = None,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Remove also the adapters that were trained on some of it.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove texts, paths, intents, plans and diffs for good, from ledger, journal, data sets and plan documents.
 
     Of each proposal its id and times stay. It cannot be rolled back or redone afterwards; files are not changed.
+    Adapters that learnt some of it are named, and removed with --adapters.
     """
     from training.forget import forget as forget_all
     from training.forget import preview
@@ -235,13 +240,22 @@ def forget(
     which = _chosen(file, folder, before)
     with _opened(as_json) as (session, ledger):
         places = places_of(session)
+        found = preview(places, ledger, which)
         if not yes:
-            _ask(preview(places, ledger, which), as_json)
-        done = forget_all(places, ledger, which)
+            _ask(found, adapters, as_json)
+        if adapters:
+            _stop_using(session, found)
+        done = forget_all(places, ledger, which, with_adapters=adapters)
     if as_json:
         console.print_json({"ok": True, **which.to_json(), **done.to_json()})
     else:
         console.say(f"forgotten: {_counts(done)}")
+        for name in done.adapters[: done.num_adapters]:
+            console.say(escape(f"the adapter {name} had learnt some of it and is removed"))
+    for name in done.adapters[done.num_adapters :]:
+        console.warn(f"the adapter {name} has learnt some of it: planpatch adapters rm {name} removes it")
+    for name in done.maybe:
+        console.warn(f"the adapter {name} does not say what it learnt; it may be some of it")
     for left in done.left:
         console.warn(f"{left} still names the path; remove it by hand if nothing needs it")
 
@@ -260,10 +274,20 @@ def _chosen(file: Path | None, folder: Path | None, before: str | None) -> Forge
     return Forgettable(before=time if time.tzinfo else time.replace(tzinfo=timezone.utc))
 
 
-def _ask(found: Forgotten, as_json: bool) -> None:
+def _stop_using(session: Session, found: Forgotten) -> None:
+    """Go to the base model where an adapter that will be removed is used; servers that run take that."""
+    folders = {session.paths.qlora_out / name for name in found.adapters}
+    choice = AdapterChoice(session.paths.adapter_choice)
+    if choice.is_made and choice.current in folders:
+        choice.use(None)
+
+
+def _ask(found: Forgotten, with_adapters: bool, as_json: bool) -> None:
     if as_json or not sys.stdin.isatty():
         raise UsageError(f"This would forget {_counts(found)}", hint="Give --yes to do it.", would=found.to_json())
     console.say(f"This forgets {_counts(found)}, for good; these patches cannot be rolled back afterwards.")
+    if with_adapters and found.adapters:
+        console.say(escape(f"It removes the adapters {', '.join(found.adapters)}."))
     typer.confirm("Forget?", abort=True, err=True)
 
 
@@ -272,3 +296,48 @@ def _counts(found: Forgotten) -> str:
         f"{found.num_proposals} proposals, {found.num_plans} plans, {found.num_documents} plan documents, "
         f"{found.num_journal_lines} journal lines, {found.num_data_lines} lines of data sets"
     )
+
+
+# --- reversed edits --------------------------------------------------------------------------------------------------
+
+
+@train_app.command("reversed-edits")
+def reversed_edits(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the rows and the report.", show_default=False)],
+    reference: Annotated[
+        list[Path],
+        typer.Option(
+            help="What must not be learnt from: a file of tasks, a wheel or a folder of Python. May be repeated.",
+            show_default=False,
+        ),
+    ],
+    wheels: Annotated[Path, typer.Option(help="Where wheels lie; missing ones are fetched from PyPI.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="Another list of packages than the one that comes with it.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses functions, edits and wordings.")] = 1,
+    most_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all rows together.")] = 12_000_000,
+    processes: Annotated[int, typer.Option(min=1, help="Packages that are read at once.")] = 2,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make training data from the code of permissively licensed packages, by reversing edits."""
+    from training.reversed_edits.build import Options, build
+    from training.reversed_edits.sources import read_packages
+
+    session = open_session({"model": model}, None, as_json)
+    with console.pull_progress() as progress:
+        tokenizer = session.local_model(session.model_ref(), progress, pull=False).folder
+    report = build(
+        out,
+        wheels,
+        reference,
+        tokenizer,
+        Options(seed=seed, most_tokens=most_tokens, num_processes=processes),
+        packages=None if packages is None else read_packages(packages),
+        say=lambda text: console.say(escape(text)),
+    )
+    if as_json:
+        console.print_json(report)
+    else:
+        console.say(escape(f"{report['train']['rows']} rows to train on, {report['val']['rows']} held out, in {out}"))

@@ -32,6 +32,7 @@ from engine.inference.catalogue import resolve
 from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
+from lsp_server.adapter_follower import AdapterFollower
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
@@ -88,6 +89,7 @@ class PlanPatchServer(LanguageServer):
         self._host = ModelHost(self._model_changed)
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
+        self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
         self._training: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
@@ -163,6 +165,7 @@ class PlanPatchServer(LanguageServer):
                 await asyncio.to_thread(process.close)
             if self._bench is not None:
                 await self._bench.close()
+            await asyncio.to_thread(self._follower.close)
             await asyncio.to_thread(self._http.close)
             await asyncio.to_thread(self._host.close)
             self._mark.remove()
@@ -252,6 +255,7 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        self._follower.start()
         self._http.start()
         for process in (self._parsers, self._prover):
             await asyncio.to_thread(process.start)
@@ -278,6 +282,12 @@ class PlanPatchServer(LanguageServer):
         """What the status says of this server."""
         facts = {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
         return {**facts, "training": self._training}
+
+    def _tell_of_adapter(self, message: str, is_done: bool) -> None:
+        self._tell_from_thread(message, Severity.INFO if is_done else Severity.WARNING)
+        if self._loop is not None and is_done:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.bench.tell_status)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -407,10 +417,15 @@ class PlanPatchServer(LanguageServer):
             if await self.editor.begin_progress(token, "PlanPatch: loading the model", message, can_cancel=False):
                 self._host_progress = token
 
+    def _adapter_folder(self) -> Path | None:
+        """The adapter of the model that is loaded, or would be."""
+        local = self._host.local_or_none
+        return self._session.adapter(None if local is None else local.hub_id)
+
     async def _use_adapter(self) -> None:
         engine = self._host.engine_or_none
         if engine is not None:
-            folder = self._session.adapter()
+            folder = self._adapter_folder()
             await asyncio.to_thread(engine.use_adapter, str(folder) if folder else None)
             self.bench.tell_status()
 
@@ -528,7 +543,7 @@ class PlanPatchServer(LanguageServer):
                 self._options["adapter"] = before
                 self._read_settings()
                 raise
-        folder = self._session.adapter()
+        folder = await asyncio.to_thread(self._adapter_folder)  # without a model, `auto` imports torch to look
         known = await asyncio.to_thread(known_adapters, self._session.paths.qlora_out, folder)
         return {
             "adapter": str(folder) if folder else None,

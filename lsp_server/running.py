@@ -90,6 +90,24 @@ class RunningServer:
             raise self._unreachable(why or f"cannot be asked: {fault}", operation, patch_id, is_sent) from None
         return self._checked(response.status, answer, operation, patch_id)
 
+    def health(self) -> dict[str, Any] | None:
+        """What it holds, by its own words.
+
+        Returns:
+            The answer of `/health`; None where it cannot be asked.
+        """
+        try:
+            connection = http.client.HTTPConnection(self._loopback(), self.port, timeout=CONNECT_S)
+            try:
+                connection.request("GET", "/health", headers={"Authorization": f"Bearer {self.token}"})
+                response = connection.getresponse()
+                answer: Any = json.loads(response.read())
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+        return cast("dict[str, Any]", answer) if response.status == 200 and isinstance(answer, dict) else None
+
     def _loopback(self) -> str:
         """The address to connect to.
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from engine.errors import EngineError, PathError
 from engine.patching.parser_process import ParserProcess
 from lsp_server import console
+from lsp_server.adapter_follower import AdapterFollower
 from lsp_server.http.listener import Listener, TakenError, bind, new_token
 from lsp_server.http.service import Service
 from lsp_server.model_host import HostStatus, ModelHost
@@ -57,6 +58,7 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
     records = Records(session.served_ledger)
     service = Service(host, lambda: session, records, new_token(), parsers=parsers, root=root)
     listener = Listener(service, bound, paths.runtime_file)
+    follower = AdapterFollower(host, lambda: session, _tell_of_adapter)
     stop = threading.Event()
 
     def end(_signal: int, _frame: object) -> None:
@@ -66,6 +68,7 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
         signal.signal(name, end)
     host.start(session)
     listener.start()
+    follower.start()
     _say_where(listener, root, as_json)
     if open_page:
         arguments = (listener.address.local_url, service.token, paths.runtime_file)
@@ -77,6 +80,7 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
                 raise EngineError(engine.status().message or "The engine failed", hint="Start the server again.")
     finally:
         console.say("ending")
+        follower.close()
         host.close()
         listener.close()
         parsers.close()
@@ -125,6 +129,10 @@ def _say_where(listener: Listener, root: Path | None, as_json: bool) -> None:
     console.say(f"listening on {address.url}; Ollama's API under /api, OpenAI's under /v1; Ctrl-C ends it")
     if root is not None:
         console.say(f"paths are read below {escape(str(root))}")
+
+
+def _tell_of_adapter(message: str, is_done: bool) -> None:
+    console.say(escape(message)) if is_done else console.warn(message)
 
 
 def _told():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.errors import AdapterError, PlanPatchError
 from engine.inference.adapters import BASE
-from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve
+from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve, shipped_adapter
 from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import (
     LoadedModel,
@@ -161,8 +161,16 @@ class Session:
     def _device_facts(self) -> DeviceFacts:
         return device_facts()
 
-    def adapter(self) -> Path | None:
+    def adapter(self, hub_id: str | None = None) -> Path | None:
         """The adapter folder that the settings name; None is the base model.
+
+        What the user chose comes first, then the user's own default folder, then what ships for the model.
+
+        Args:
+            hub_id: The model's, empty for files of the user; the model that the settings name when left out.
+
+        Returns:
+            The folder.
 
         Raises:
             AdapterError: It was named and does not exist.
@@ -174,7 +182,10 @@ class Session:
             choice = AdapterChoice(self.paths.adapter_choice)
             if choice.is_made:
                 return choice.current
-            return self.paths.default_adapter if self.paths.default_adapter.is_dir() else None
+            if self.paths.default_adapter.is_dir():
+                return self.paths.default_adapter
+            shipped = shipped_adapter((self.model_ref().hub_id or "") if hub_id is None else hub_id)
+            return None if shipped is None else shipped.path
         folder = self.paths.resolve(name)
         if not folder.is_dir():
             raise AdapterError(
@@ -220,7 +231,7 @@ class Session:
             ModelError: It does not fit into memory, or the device is not there.
             AdapterError: The adapter cannot be read.
         """
-        adapter = self.adapter()
+        adapter = self.adapter(local.hub_id)
         self.check_memory(ref)
         return InProcessEngine(
             local.name,

@@ -3,6 +3,7 @@
 Undo to the old text is a reject. Else a patch is accepted when it is still there at a save by hand at least 60 s
 after it was applied, or 10 minutes after; "still there" is judged by syntax tree, so a formatter changes nothing. One
 that the user changed is accepted with the text as it is then. An explicit verdict is stronger; the ledger sees to that.
+One that comes over HTTP or from the command line takes the file as it is then, too.
 
 Not covered: a patch that was moved to another file, and a function that was renamed: these get no label.
 """
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import PlanPatchError
+from engine.patching.ledger import Ledger
 from engine.patching.ledger_records import Entry, Label, State, source_of
 from engine.patching.scopes import ParseFault, Scope, find_scope, parse_text, standalone_text
-from engine.patching.source import Source
+from engine.patching.source import Source, read_source
 
 KEPT_AT_SAVE_S = 60.0
 KEPT_S = 600.0
@@ -121,6 +123,38 @@ class Watch:
         if now == _tree_of_text(self.patched):
             return "kept"
         return "undone" if now == _tree_of_text(self.base) else "changed"
+
+
+def accept(ledger: Ledger, patch_id: str, *, reason: str = "") -> None:
+    """Record that the user accepts a patch: as its file has it now, where the user changed it there.
+
+    Only a file that PlanPatch wrote itself is looked into. What an editor holds may differ from the disk, and its
+    server watches that.
+
+    Args:
+        ledger: The ledger.
+        patch_id: The proposal.
+        reason: Why, if the user said.
+
+    Raises:
+        UsageError: No such proposal, or it was refused, rolled back, or diverged.
+        LedgerError: The ledger cannot be written.
+    """
+    entry = ledger.get(patch_id)
+    ledger.accept(entry.id, reason=reason, final_text=_changed_on_disk(entry))
+
+
+def _changed_on_disk(entry: Entry) -> bytes | None:
+    """The file's text where its function is another than the applied one; None where it is not, or cannot be told."""
+    turns = [event for event in entry.events if event.kind in ("applied", "redone")]
+    path = entry.proposal.path
+    if path is None or not entry.standing.is_applied or not turns or turns[-1].data.get("via") != "disk":
+        return None
+    try:
+        now = read_source(path)
+    except PlanPatchError:
+        return None  # moved, deleted or no text any more: what was applied is what was accepted
+    return now.to_bytes() if Watch.of(entry, 0.0).judge(now) == "changed" else None
 
 
 def normalised(text: str) -> str:

@@ -4,7 +4,8 @@
     engine = ScriptedEngine(lambda prompt: "pass" if "def f" in prompt else Reply("", FinishReason.TIME))
 
 What it keeps of a real engine: text is cut before a stop string, generation ends at `max_new_tokens`, a prompt that
-does not fit is refused, a cancelled request ends as CANCELLED, each request is streamed once, all from any thread.
+does not fit is refused and so is a folder without an adapter, a cancelled request ends as CANCELLED, each request is
+streamed once, all from any thread.
 A token is one byte of UTF-8, so a PLAN of 16 tokens has 16 characters of ASCII. Second choices are those of the
 script. Not kept: grammars, penalties, sampling and time; a script that breaks a grammar is how tests see what the gates
 do about it.
@@ -16,8 +17,10 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.errors import EngineError, PlanPatchError
+from engine.inference.adapters import BASE, AdapterFiles, read_adapter
 from engine.inference.protocol import (
     Completion,
     EngineStatus,
@@ -86,6 +89,7 @@ class ScriptedEngine:
         self._waiting: dict[str, tuple[GenerationRequest, Answer | None]] = {}
         self._cancelled: set[str] = set()
         self._failure: EngineError | None = None
+        self._adapter: AdapterFiles | None = None
         self._is_closed = False
         self.requests: list[GenerationRequest] = []
         self.was_cancelled = threading.Event()
@@ -164,11 +168,14 @@ class ScriptedEngine:
             model_digest="0" * 64,
             quantization="fp32",
             context_length=self._context_length,
+            adapter=str(self._adapter.folder) if self._adapter else None,
+            adapter_digest=self._adapter.digest if self._adapter else BASE,
             message=self._failure.message if self._failure else "",
         )
 
     def use_adapter(self, path: str | None) -> None:
         self._check_open()
+        self._adapter = None if path in (None, BASE) else read_adapter(Path(path))
 
     def fail(self, message: str = "The device failed") -> None:
         self._failure = EngineError(message)

@@ -4,8 +4,11 @@ The ledger knows what is meant, so its rows go last: a run that is killed is run
 kept in a file until it is done, and finds what is left. The journal's lock is held throughout, so that nothing is
 written anew meanwhile.
 
+Adapters that were trained on what is forgotten are named, and removed if that is wished: nothing else takes an edit out
+of weights.
+
 Not covered: what another program copied, backups, the blocks of a copy-on-write filesystem or an SSD, the memory of a
-server that runs (it forgets when it ends), and what an adapter has learnt already: train it again.
+server that runs (it forgets when it ends), and adapters whose manifest does not say what they learnt: they are named.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from engine.patching.ledger import Forgettable, Ledger
 from engine.patching.ledger_forget import phrases_in
 from engine.patching.ledger_records import iso_utc
 from training.journal_file import JournalFile, overwrite
+from training.promote import list_versions, remove_version
 
+_WITH_ADAPTERS = "adapters"
 _PLAN_MARK = "<!-- planpatch "
 _LINE_FILES = (".log", ".txt", ".jsonl", ".csv", ".out", ".err")
 _MAX_SWEPT_BYTES = 200_000_000
@@ -41,6 +46,7 @@ class Places:
         plans: The plan documents' folder.
         models: The models' folder, which holds nothing of the user's.
         ledger: The ledger's file.
+        adapters: The folder of trained adapters.
     """
 
     home: Path
@@ -49,6 +55,7 @@ class Places:
     plans: Path
     models: Path
     ledger: Path
+    adapters: Path
 
     @property
     def pending(self) -> Path:
@@ -67,6 +74,9 @@ class Forgotten:
         num_data_lines: Lines of data sets.
         num_documents: Plan documents.
         num_log_lines: Lines of logs and other files.
+        adapters: Names of adapters that learnt some of it.
+        num_adapters: How many of them were removed.
+        maybe: Names of adapters, and of training that was cut off, that do not say what they learnt.
         left: Files that still name the paths, and that only the user can judge.
     """
 
@@ -76,6 +86,9 @@ class Forgotten:
     num_data_lines: int = 0
     num_documents: int = 0
     num_log_lines: int = 0
+    adapters: list[str] = field(default_factory=list[str])
+    num_adapters: int = 0
+    maybe: list[str] = field(default_factory=list[str])
     left: list[str] = field(default_factory=list[str])
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +100,9 @@ class Forgotten:
             "data_lines": self.num_data_lines,
             "plan_documents": self.num_documents,
             "log_lines": self.num_log_lines,
+            "adapters": self.adapters,
+            "adapters_removed": self.num_adapters,
+            "adapters_maybe": self.maybe,
             "left": self.left,
         }
 
@@ -107,7 +123,10 @@ def preview(places: Places, ledger: Ledger, which: Forgettable) -> Forgotten:
     """
     matches = ledger.find_forgettable(which)
     ids = _ids_in_journal(JournalFile(places.journal), which, matches.patch_ids)
+    learnt, maybe = _adapters(places, ids)
     return Forgotten(
+        adapters=[folder.name for folder in learnt],
+        maybe=maybe,
         num_proposals=len(matches.patch_ids),
         num_plans=len(matches.plan_ids),
         num_journal_lines=len(ids),
@@ -116,13 +135,14 @@ def preview(places: Places, ledger: Ledger, which: Forgettable) -> Forgotten:
     )
 
 
-def forget(places: Places, ledger: Ledger, which: Forgettable) -> Forgotten:
+def forget(places: Places, ledger: Ledger, which: Forgettable, *, with_adapters: bool = False) -> Forgotten:
     """Forget it.
 
     Args:
         places: The home.
         ledger: Its ledger.
         which: A file, a folder or a time.
+        with_adapters: Remove the adapters that learnt some of it; a run that goes on keeps to what was wished first.
 
     Returns:
         What was forgotten.
@@ -134,9 +154,16 @@ def forget(places: Places, ledger: Ledger, which: Forgettable) -> Forgotten:
     done = Forgotten()
     journal = JournalFile(places.journal)
     with journal.writing():
-        write_atomically(places.pending, json.dumps(which.to_json()).encode(), expected_sha256=None, private=True)
+        with_adapters = with_adapters or _pending_facts(places).get(_WITH_ADAPTERS) == "yes"
+        choice = {**which.to_json(), **({_WITH_ADAPTERS: "yes"} if with_adapters else {})}
+        write_atomically(places.pending, json.dumps(choice).encode(), expected_sha256=None, private=True)
         matches = ledger.find_forgettable(which)
         ids = _ids_in_journal(journal, which, matches.patch_ids)
+        learnt, done.maybe = _adapters(places, ids)
+        done.adapters = [folder.name for folder in learnt]
+        for folder in learnt if with_adapters else ():
+            remove_version(folder)
+            done.num_adapters += 1
         done.num_data_lines = _forget_data(places, ids)
         done.num_journal_lines = len(journal.remove(lambda record: _concerns(record, ids)))
         for file in list(_plan_documents(places.plans, which)):
@@ -165,19 +192,50 @@ def unfinished(places: Places) -> Forgettable | None:
         LedgerError: The file that says it is damaged.
     """
     try:
-        facts = cast("dict[str, str]", json.loads(places.pending.read_text(encoding="utf-8")))
-        name, value = next(iter(facts.items()))
+        name, value = next(iter(_pending_facts(places).items()))
         if name == "before":
             return Forgettable(before=datetime.fromisoformat(value.replace("Z", "+00:00")))
         return Forgettable(file=Path(value)) if name == "file" else Forgettable(folder=Path(value))
-    except (FileNotFoundError, NotADirectoryError):
+    except StopIteration:
         return None
-    except (OSError, ValueError, StopIteration, AttributeError, TypeError) as error:
-        raise LedgerError(
-            f"{places.pending} is damaged: what was being forgotten is not known.",
-            hint="Remove the file and run planpatch train forget again.",
-            path=str(places.pending),
-        ) from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise _damaged(places) from error
+
+
+def _pending_facts(places: Places) -> dict[str, str]:
+    """The choice of a run that was killed; empty if there is none."""
+    try:
+        text = places.pending.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise _damaged(places) from error
+    try:
+        facts = cast("dict[str, str]", json.loads(text))
+        if facts.keys():
+            return facts
+    except (ValueError, AttributeError) as error:
+        raise _damaged(places) from error
+    raise _damaged(places)
+
+
+def _damaged(places: Places) -> LedgerError:
+    return LedgerError(
+        f"{places.pending} is damaged: what was being forgotten is not known.",
+        hint="Remove the file and run planpatch train forget again.",
+        path=str(places.pending),
+    )
+
+
+def _adapters(places: Places, ids: frozenset[str]) -> tuple[list[Path], list[str]]:
+    """Folders of adapters that learnt one of the edits, and names of those that do not say what they learnt."""
+    versions = list_versions(places.adapters)
+    learnt = [version.folder for version in versions if not ids.isdisjoint(version.rows)]
+    cut_off = [path.name.strip(".") for path in sorted(places.adapters.glob(".*.partial"))]
+    return learnt, [
+        *[version.folder.name for version in versions if "row_ids" not in version.manifest],
+        *cut_off,
+    ] if ids else []
 
 
 def _ids_in_journal(journal: JournalFile, which: Forgettable, patch_ids: tuple[str, ...]) -> frozenset[str]:

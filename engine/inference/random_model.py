@@ -16,7 +16,12 @@ from engine.inference.loading import LoadedModel, Quantization
 
 
 def random_model(
-    config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype = torch.float16, *, seed: int = 0
+    config: PreTrainedConfig,
+    quantization: Quantization,
+    dtype: torch.dtype = torch.float16,
+    *,
+    seed: int = 0,
+    requantized_scales: bool = False,
 ) -> LoadedModel:
     """A causal language model on the GPU, without a tokenizer.
 
@@ -25,6 +30,7 @@ def random_model(
         quantization: `int8`, `nf4`, or what says 16 bit.
         dtype: Of weights that are not quantized and of activations.
         seed: Of the weights.
+        requantized_scales: Whether NF4's scales are quantized again, as for training.
 
     Returns:
         The model in eval mode.
@@ -37,7 +43,11 @@ def random_model(
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _random_linear(module, quantization, dtype, device))
+            setattr(
+                model.get_submodule(parent),
+                last,
+                _random_linear(module, quantization, dtype, device, requantized_scales),
+            )
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             parent, _, last = name.rpartition(".")
@@ -53,7 +63,9 @@ def random_model(
     )  # fmt: skip
 
 
-def _random_linear(like: nn.Linear, quantization: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _random_linear(
+    like: nn.Linear, quantization: str, dtype: torch.dtype, device: torch.device, requantized_scales: bool
+) -> nn.Module:
     num_outputs, num_inputs = like.out_features, like.in_features
     weight = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device).normal_(std=num_inputs**-0.5)
     made: Any
@@ -67,7 +79,9 @@ def _random_linear(like: nn.Linear, quantization: str, dtype: torch.dtype, devic
         import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
         made = bnb.nn.Linear4bit(num_inputs, num_outputs, bias=False, compute_dtype=dtype, device="meta")
-        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        packed, state = bnb.functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=requantized_scales, quant_type="nf4"
+        )
         made.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
         made.quant_state = state
     else:
@@ -76,6 +90,17 @@ def _random_linear(like: nn.Linear, quantization: str, dtype: torch.dtype, devic
     if like.bias is not None:
         made.bias = nn.Parameter((torch.randn(num_outputs, device=device) * 0.1).to(dtype), requires_grad=False)
     return made
+
+
+def qwen25_coder_1_5b() -> PreTrainedConfig:
+    """Shapes of Qwen2.5-Coder-1.5B."""
+    from transformers import Qwen2Config
+
+    return cast("Any", Qwen2Config)(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
 
 
 def qwen3_8b() -> PreTrainedConfig:

@@ -66,6 +66,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether `run` returns while the device still computes, so that there is time for other work."""
+        ...
+
+    @property
     def greedy(self) -> GreedyKernel | None:
         """What chooses greedily in one go, if there is such a kernel."""
         ...
@@ -137,6 +142,7 @@ class ReferenceRunner:
     greedy = None
     when_idle = None
     least_drafts = 1
+    is_asynchronous = False
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         on_gpu = loaded.device.type != "cpu"

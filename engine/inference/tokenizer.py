@@ -153,6 +153,12 @@ class HFChatTokenizer:
         return self._added_ids.get(token)
 
     @property
+    def end_of_answer_id(self) -> int:
+        """The token that ends an answer in a chat: what the template writes after one, else an end token."""
+        name = self._template.end_of_answer(self._added_pattern)
+        return self._added_ids[name] if name in self._added_ids else min(self.eos_token_ids)
+
+    @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
         return self._template.source is not None

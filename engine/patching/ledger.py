@@ -552,12 +552,13 @@ class Ledger:
 
     # Verdicts
 
-    def accept(self, patch_id: str, *, reason: str = "") -> None:
+    def accept(self, patch_id: str, *, reason: str = "", final_text: bytes | None = None) -> None:
         """Record that the user accepts a proposal.
 
         Args:
             patch_id: The proposal.
             reason: Why, if the user said.
+            final_text: The file's text when the user changed the patch before accepting it.
 
         Raises:
             UsageError: No such proposal, or it was refused, rolled back, or diverged.
@@ -566,7 +567,8 @@ class Ledger:
         with self._adding_to(patch_id) as entry:
             if entry.state in (*NEVER_OFFERED, State.ROLLED_BACK, State.DIVERGED):
                 raise wrong_state(entry, "cannot be accepted", "Accept a patch that is in the file as it was proposed.")
-            self._append(entry.id, "accepted", {"reason": reason} if reason else {})
+            text = None if final_text is None else self._database.put_text(final_text)
+            self._append(entry.id, "accepted", {"reason": reason} if reason else {}, text)
 
     def reject(self, patch_id: str, *, reason: str = "") -> None:
         """Record that the user rejects a proposal. The file stays as it is: `rollback` takes a patch out.

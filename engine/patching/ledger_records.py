@@ -413,7 +413,8 @@ def add_up(events: Iterable[Event]) -> Standing:
                 standing = replace(standing, state=State.ROLLED_BACK, is_applied=False)
             case "accepted" | "rejected":
                 explicit = Label(event.kind)
-                standing = replace(standing, state=State(event.kind))
+                final = event.text_sha256 or standing.final_text_sha256
+                standing = replace(standing, state=State(event.kind), final_text_sha256=final)
             case "label":
                 implicit = Label(event.data["label"])
                 standing = replace(standing, final_text_sha256=event.text_sha256)

@@ -38,6 +38,7 @@ from lsp_server.http.responses import Json
 from lsp_server.http.service import Service
 from lsp_server.running import edit_in_editor
 from lsp_server.session import patcher_options
+from lsp_server.survival import accept
 
 T = TypeVar("T")
 
@@ -451,7 +452,7 @@ async def feedback(request: Request) -> Response:
     service.check_token(request)
     body = await read(request, VerdictBody)
     await _entry(service, body.patch_id)
-    judge = Ledger.accept if body.accepted else Ledger.reject
+    judge = accept if body.accepted else Ledger.reject
     await service.records.do(lambda ledger: judge(ledger, body.patch_id, reason=body.reason))
     return Json({"ok": True, "patch_id": body.patch_id, "accepted": body.accepted})
 

@@ -182,6 +182,7 @@ def test_plan_edited_patched_saved_and_rolled_back_in_another_emacs(emacs: Emacs
     assert (patch["state"], patch["label"], patch["is_applied"]) == ("rolled_back", "rolled_back", False)
 
 
+@pytest.mark.long
 def test_a_question_put_off_an_edit_declined_then_applied_and_undone(emacs: Emacs, workspace: Path) -> None:
     """C-g answers nothing at all: eglot sends no response then, and the patch must still be offered."""
     file = write(workspace / "clamp.py", CLAMP)
@@ -226,6 +227,7 @@ def test_a_question_put_off_an_edit_declined_then_applied_and_undone(emacs: Emac
     assert file.read_text(encoding="utf-8") == CLAMP
 
 
+@pytest.mark.long
 def test_a_job_is_cancelled_from_the_menu_while_emacs_stays_usable(emacs: Emacs, workspace: Path) -> None:
     lines = "".join(f'    if name == "key {number}":\n        return {number} * x + low\n' for number in range(60))
     text = f"def table(name, x, low):\n{lines}    return None\n\n\ndef after():\n    return 1\n"
@@ -259,6 +261,7 @@ def test_a_job_is_cancelled_from_the_menu_while_emacs_stays_usable(emacs: Emacs,
     assert not [patch for patch in ledger(workspace) if patch["is_applied"]]
 
 
+@pytest.mark.long
 def test_a_refused_patch_is_a_note_and_is_retried(emacs: Emacs, workspace: Path) -> None:
     """One token is no patch; with the settings changed back, the retry has room."""
     file = write(workspace / "clamp.py", CLAMP)
@@ -295,6 +298,7 @@ def test_a_refused_patch_is_a_note_and_is_retried(emacs: Emacs, workspace: Path)
     assert file.read_text(encoding="utf-8") == CLAMP
 
 
+@pytest.mark.long
 def test_emoji_tabs_and_crlf_stay_byte_for_byte(emacs: Emacs, workspace: Path) -> None:
     """Positions count UTF-16; the user types behind an emoji, so that server and editor must agree on where that is."""
     tabs = "\n\ndef tabs():\n\tdef inner():\n\t\treturn '🙂\t🚀'\n\treturn inner  # 𝒳\n"

@@ -125,7 +125,7 @@ def test_a_plan_is_edited_patched_applied_saved_and_rolled_back_after_a_restart(
     assert (entry["state"], entry["label"]) == ("rolled_back", "rolled_back")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dismissed_question_is_applied_later_undone_redone_and_long_jobs_are_cancelled(
     script: Script, folder: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_dismissed_question_is_applied_later_undone_redone_and_long_jobs_are_c
     assert (folder / "clamp.py").read_bytes() == text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_refused_patch_is_retried_with_its_error(script: Script, folder: Path) -> None:
     write(folder / "clamp.py", CLAMP)
     script("refused_retry_direct")
@@ -164,7 +164,7 @@ def test_bytes_outside_the_function_are_kept(script: Script, folder: Path) -> No
     assert file.read_bytes() == old
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_edit_that_crossed_typing_is_never_recorded_as_applied(script: Script, folder: Path) -> None:
     write(folder / "changed.py", CLAMP)
     write(folder / "fresh.py", CLAMP)
@@ -174,7 +174,7 @@ def test_an_edit_that_crossed_typing_is_never_recorded_as_applied(script: Script
     assert states == [("fresh.py", "rolled_back"), ("changed.py", "diverged")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_optional_lua_file_asks_for_an_intent_shows_the_diff_cancels_and_rolls_back(
     script: Script, folder: Path
 ) -> None:

@@ -23,9 +23,8 @@ from training.journal_file import JournalFile
 def places_in(home: Path) -> Places:
     """A home's places as the command line has them."""
     training = home / "training"
-    return Places(
-        home, training / "success_logs", training / "data", home / "plans", home / "models", home / "ledger.sqlite3"
-    )
+    folders = training / "success_logs", training / "data", home / "plans", home / "models"
+    return Places(home, *folders, home / "ledger.sqlite3", training / "qlora-out")
 
 
 def consent_in(home: Path) -> Consent:

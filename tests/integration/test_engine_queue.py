@@ -178,6 +178,49 @@ def test_a_stop_string_is_never_sent_and_the_text_ends_before_it(engine: InProce
         assert text == last.text == free[: min(free.index(word) for word in stop if word in free)]
 
 
+REPEATED = "Repeat this line three times: the quick brown fox jumps over the lazy dog"
+
+
+def test_text_that_waits_until_the_device_has_its_next_step_is_the_same_text(
+    loaded: LoadedModel, engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's runner returns at once, and what the step before said is sent out meanwhile; a stop string in it ends a
+    request whose next step is under way.
+    """
+    free = [complete(engine, request(engine, text, max_new_tokens=24)).text for text in (PROMPT, REPEATED)]
+    stops = [(), (free[0][9:14],), (free[1][-30:-20], free[1][-8:-3]), (free[1][4:9],)]
+    asked = [{"stop": stop, "max_new_tokens": 24} for stop in stops] + [{"max_new_tokens": 24, "top_logprobs": 2}]
+    texts = [PROMPT, PROMPT, REPEATED, REPEATED, REPEATED]
+
+    def answers(engine: InProcessEngine) -> list[tuple[str, list[int], str, FinishReason, int]]:
+        found: list[tuple[str, list[int], str, FinishReason, int]] = []
+        for text, params in zip(texts, asked, strict=True):
+            warm(engine, text)
+            said, ids, last = parts(list(engine.stream(engine.submit(request(engine, text, **params)))))
+            assert list(last.token_ids) == ids
+            assert said == last.text
+            assert len(last.top_logprobs) == (len(ids) if "top_logprobs" in params else 0)
+            found.append((said, ids, last.text, last.finish_reason, last.num_accepted_tokens))
+        return found
+
+    meant = answers(engine)
+    assert {reason for *_, reason, _ in meant} == {FinishReason.STOP, FinishReason.LENGTH}
+    assert any(num_accepted > 3 for *_, num_accepted in meant), "no step gave several tokens"
+    monkeypatch.setattr(ReferenceRunner, "is_asynchronous", True)
+    with engine_of(loaded) as later:
+        assert answers(later) == meant
+        together = [later.submit(request(later, text, **params)) for text, params in zip(texts, asked, strict=True)]
+        for name in together:
+            text, ids, last = parts(list(later.stream(name)))
+            assert (text, tuple(ids)) == (last.text, last.token_ids)
+        name = later.submit(request(later, LONG_PROMPT, max_new_tokens=400))
+        for number, _ in enumerate(later.stream(name)):
+            if number == 3:
+                later.cancel(name)
+        wait_for(lambda: later.status().num_running == 0)
+        assert answers(later) == meant
+
+
 def test_a_token_to_stop_at_is_left_out(engine: InProcessEngine) -> None:
     warm(engine)
     free = complete(engine, request(engine, max_new_tokens=6))

@@ -95,7 +95,9 @@ def wait_until_idle(client: LspClient) -> float:
 # --- cancel ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["progress", "command", "any", "close"])
+@pytest.mark.parametrize(
+    "way", ["progress", *(pytest.param(way, marks=pytest.mark.long) for way in ("command", "any", "close"))]
+)
 def test_a_generation_stops_at_once_and_the_next_one_works(
     way: str, client: LspClient, tmp_path: Path, record_figure: RecordFigure
 ) -> None:

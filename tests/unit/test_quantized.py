@@ -155,7 +155,7 @@ def test_what_is_given_up_half_way_leaves_nothing(model: Any, tmp_path: Path, mo
 @pytest.fixture
 def as_if_quantized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """int8 on the CPU without bitsandbytes; returns the folders that weights are read from."""
-    read = loading._read_weights
+    read = loading.read_weights
     folders: list[Path] = []
 
     def read_plain(folder: Path, device: str, quantization: Any, dtype: str) -> Any:
@@ -167,7 +167,7 @@ def as_if_quantized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return kept(folder, device, dtype)
 
     kept = loading._read_kept
-    monkeypatch.setattr(loading, "_read_weights", read_plain)
+    monkeypatch.setattr(loading, "read_weights", read_plain)
     monkeypatch.setattr(loading, "_read_kept", read_kept)
     monkeypatch.setattr(loading, "_import_bitsandbytes", lambda: None)
     monkeypatch.setattr(loading, "choose_quantization", lambda wanted, device: wanted)

@@ -47,6 +47,7 @@ class FusedRunner:
     max_rows = CudaRunner.max_decode_tokens
     chunk_tokens = CudaRunner.chunk_tokens
     least_drafts = 7
+    is_asynchronous = True
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, say: Callable[[str], None]) -> None:
         self._loaded = loaded

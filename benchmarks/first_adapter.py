@@ -1,0 +1,274 @@
+"""Trains the adapters that ship with PlanPatch: a plain LoRA loop in bf16 on one GPU (or slowly, on a CPU).
+
+    python benchmarks/first_adapter.py MODEL_FOLDER TRAIN.jsonl VAL.jsonl --out FOLDER [--rank 8] [--seconds 240]
+
+Rows are `training/reversed_edits`'. Questions are tokenized by the code that asks a model, so a row's tokens are those
+of a request. The loss counts the answer and its end token alone. Rows of like length make a batch and are padded on the
+right, where a causal model cannot see them: no mask, no packing. The adapter is trained in bf16 with fp32 copies of its
+weights in AdamW, and written in fp16. The learning rate is probed: a short run with each, the lowest loss on held-out
+packages wins. The run ends within its time: the number of steps is set by the speed of the first ones.
+
+Not covered: resuming, several GPUs, quantized bases; `planpatch train qlora` has those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from engine.inference.protocol import Message
+from engine.inference.tokenizer import HFChatTokenizer
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_WINDOW = 2048  # rows that are sorted by length together
+_LOSS_CHUNK = 2048  # positions whose logits are in memory at once
+
+
+def main() -> None:
+    """Probe learning rates, train with the best, write the adapter and what was measured."""
+    args = _arguments()
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = HFChatTokenizer(args.model)
+    train, val = (_encoded(_rows(path), tokenizer, args.max_tokens) for path in (args.train, args.val))
+    if args.limit:
+        train, val = train[: args.limit], val[: max(8, args.limit // 8)]
+    print(f"{len(train)} rows, {sum(len(row[0]) for row in train):,} tokens; {len(val)} held out", flush=True)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    record: dict[str, Any] = {
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "seed": args.seed,
+        "targets": TARGETS,
+        "probes": [],
+    }
+    record["val_loss_base"] = _val_loss(base, val, args.batch_tokens)
+    print(f"held out, base: {record['val_loss_base']:.4f}", flush=True)
+    rates = args.rates
+    if len(rates) > 1:
+        for rate in rates:
+            model = _with_lora(base, args)
+            _train(model, train, args, rate, most_seconds=args.probe_seconds)
+            loss = _val_loss(model, val, args.batch_tokens)
+            record["probes"].append({"rate": rate, "val_loss": loss})
+            print(f"probe: rate {rate:g}, held out {loss:.4f}", flush=True)
+            base = model.unload()
+        rates = [min(record["probes"], key=lambda probe: probe["val_loss"])["rate"]]
+    model = _with_lora(base, args)
+    record |= {"rate": rates[0], **_train(model, train, args, rates[0], most_seconds=args.seconds)}
+    record["val_loss"] = _val_loss(model, val, args.batch_tokens)
+    record["val_loss_by_stage"] = {
+        stage: _val_loss(model, [row for row in val if row[2] == stage], args.batch_tokens)
+        for stage in sorted({row[2] for row in val})
+    }
+    if device == "cuda":
+        record["device"] = torch.cuda.get_device_name()
+        record["most_memory_bytes"] = torch.cuda.max_memory_allocated()
+    _save(model, args.out, args.base_name)
+    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in record.items() if key != "losses"}), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("val", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base-name", default="", help="What the adapter's configuration calls its base.")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4])
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="Padded tokens of one forward pass.")
+    parser.add_argument("--passes-a-step", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=1536)
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--probe-seconds", type=float, default=20.0)
+    parser.add_argument("--limit", type=int, default=0, help="Only so many rows, to try the script.")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+Row = tuple[list[int], int, str]  # token ids, how many of them are the question, the stage
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
+
+
+def _encoded(rows: Sequence[dict[str, Any]], tokenizer: HFChatTokenizer, most: int) -> list[Row]:
+    """Question with the given beginning of the answer, the rest of the answer, the end of a turn."""
+    end = [token for token in [tokenizer.token_id("<|im_end|>")] if token is not None]
+    encoded: list[Row] = []
+    for row in rows:
+        asked = tokenizer.encode_chat([Message("user", row["input"])], prefill=row["prefill"])
+        answer = tokenizer.encode(row["output"].removeprefix(row["prefill"]))
+        if len(asked) + len(answer) + 1 <= most:
+            encoded.append(([*asked, *answer, *end], len(asked), row.get("stage", "")))
+    return encoded
+
+
+def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random | None) -> list[list[Row]]:
+    """Rows of like length together; without a generator in a fixed order."""
+    order = list(rows)
+    if rng is not None:
+        rng.shuffle(order)
+    batches: list[list[Row]] = []
+    for start in range(0, len(order), _WINDOW):
+        window = sorted(order[start : start + _WINDOW], key=lambda row: len(row[0]))
+        batch: list[Row] = []
+        for row in window:
+            if batch and (len(batch) + 1) * len(row[0]) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(row)
+        batches.append(batch)
+    if rng is not None:
+        rng.shuffle(batches)
+    return batches
+
+
+def _tensors(batch: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both `[rows, longest]`; labels are -100 on questions and padding."""
+    longest = max(len(row[0]) for row in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full((len(batch), longest), -100, dtype=torch.long)
+    for number, (tokens, num_asked, _) in enumerate(batch):
+        ids[number, : len(tokens)] = torch.tensor(tokens)
+        labels[number, num_asked : len(tokens)] = torch.tensor(tokens[num_asked:])
+    return ids.to(device), labels.to(device)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _with_lora(base: Any, args: argparse.Namespace) -> PeftModel:
+    config = LoraConfig(
+        r=args.rank, lora_alpha=args.alpha, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(args.seed)
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+def _train(
+    model: PeftModel, rows: Sequence[Row], args: argparse.Namespace, rate: float, *, most_seconds: float
+) -> dict[str, Any]:
+    """One pass over the rows at most; warm-up, then a cosine to a tenth of the rate at the end of the time."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    copies = [parameter.detach().float().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(copies, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    batches = _batches(rows, args.batch_tokens, random.Random(args.seed))
+    num_steps = len(batches) // args.passes_a_step
+    device = parameters[0].device
+    model.train()
+    losses: list[float] = []
+    num_tokens, started_at, paced_at, total_steps = 0, time.monotonic(), 0.0, num_steps
+    for step in range(num_steps):
+        if step == 5:
+            paced_at = time.monotonic()
+        if step == 25:  # the first steps are slow; these tell how many fit
+            a_step = (time.monotonic() - paced_at) / 20
+            total_steps = min(num_steps, 25 + int((most_seconds - (time.monotonic() - started_at)) / a_step))
+            print(f"{a_step:.3f} s a step, {total_steps} of {num_steps} steps", flush=True)
+        if step >= total_steps:
+            break
+        group = batches[step * args.passes_a_step : (step + 1) * args.passes_a_step]
+        num_labels = sum(len(tokens) - num_asked for batch in group for tokens, num_asked, _ in batch)
+        loss_sum = 0.0
+        for batch in group:
+            ids, labels = _tensors(batch, device)
+            loss = _loss(model, ids, labels) / num_labels
+            loss.backward()
+            loss_sum += float(loss.detach())
+            num_tokens += sum(len(tokens) for tokens, _, _ in batch)
+        for copy, parameter in zip(copies, parameters, strict=True):
+            copy.grad = parameter.grad.float() if parameter.grad is not None else None
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(copies, 1.0)
+        share = step / max(1, total_steps)
+        warm = min(1.0, (step + 1) / 20)
+        for group_of in optimizer.param_groups:
+            group_of["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        optimizer.step()
+        with torch.no_grad():
+            for copy, parameter in zip(copies, parameters, strict=True):
+                parameter.copy_(copy)
+        losses.append(loss_sum)
+        if not math.isfinite(loss_sum):
+            raise SystemExit(f"the loss is {loss_sum} at step {step}")
+        if step % 20 == 0:
+            taken = time.monotonic() - started_at
+            print(f"step {step}: loss {loss_sum:.4f}, {num_tokens / taken:,.0f} tokens/s", flush=True)
+    with torch.no_grad():  # what is written is the fp32 copy
+        for copy, parameter in zip(copies, parameters, strict=True):
+            parameter.data = copy.to(parameter.dtype)
+    taken = time.monotonic() - started_at
+    return {
+        "steps": len(losses),
+        "tokens": num_tokens,
+        "seconds": taken,
+        "tokens_per_s": num_tokens / taken,
+        "losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def _loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the answer tokens' cross entropy; logits are made for them alone, some thousands at a time."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    is_answer = wanted != -100
+    states, targets = hidden[is_answer], wanted[is_answer]
+    total = states.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), _LOSS_CHUNK):
+        piece = states[start : start + _LOSS_CHUNK], targets[start : start + _LOSS_CHUNK]
+        total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, inner.lm_head, *piece, use_reentrant=False)
+    return total
+
+
+def _chunk_loss(head: torch.nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(head(states).float(), targets, reduction="sum")
+
+
+@torch.no_grad()
+def _val_loss(model: Any, rows: Sequence[Row], batch_tokens: int) -> float:
+    model.eval()
+    device = next(model.parameters()).device
+    total, num_labels = 0.0, 0
+    for batch in _batches(rows, batch_tokens, None):
+        if batch:
+            total += float(_loss(model, *_tensors(batch, device)))
+            num_labels += sum(len(tokens) - num_asked for tokens, num_asked, _ in batch)
+    return total / max(1, num_labels)
+
+
+def _save(model: PeftModel, folder: Path, base_name: str) -> None:
+    """A folder that `planpatch adapters use` takes: safetensors in fp16 and the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    path = folder / "adapter_model.safetensors"
+    weights = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

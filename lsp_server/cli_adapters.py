@@ -1,0 +1,179 @@
+"""`planpatch adapters`: which there are, which one is used, and whether the servers that run have taken it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from engine.errors import UsageError
+from engine.inference.adapters import BASE, read_adapter
+from engine.inference.catalogue import shipped_adapter
+from lsp_server import console
+from lsp_server.adapter_choice import AdapterChoice
+from lsp_server.cli_options import JsonOption, open_session
+from lsp_server.running import listeners
+from lsp_server.session import Session
+
+if TYPE_CHECKING:
+    from training.promote import AdapterVersion
+
+adapters_app = typer.Typer(help="Adapters of the model.", no_args_is_help=True, rich_markup_mode=None)
+
+_TAKEN_WITHIN_S = 15.0
+_SILENT = ""
+
+
+@adapters_app.command("list")
+def list_adapters(as_json: JsonOption = False) -> None:
+    """Show the adapters under the home and the one that ships for the model, their figures, and which one is used."""
+    from training.promote import list_versions
+
+    session = open_session({}, None, as_json)
+    current, shipped = session.adapter(), shipped_adapter(session.model_ref().hub_id or "")
+    others = [folder for folder in (current, shipped and shipped.path) if folder is not None]
+    versions = list_versions(session.paths.qlora_out, others)
+    live = _live(session)
+    rows = [_facts(version, current, live) for version in versions]
+    if as_json:
+        console.print_json(rows)
+        return
+    columns = ("adapter", "used", "live in", "made for", "edits", "general tasks", "state")
+    console.print_table("", columns, [_cells(row) for row in rows])
+    if current is None:
+        console.say("the base model is used, without an adapter")
+
+
+def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, str | None]) -> dict[str, Any]:
+    figures = version.evaluation
+    return {
+        "folder": str(version.folder),
+        "used": "yes" if version.folder == current else "",
+        "base": version.base,
+        "state": version.fault or "ok",
+        "digest": version.digest,
+        "version": version.folder.name,
+        "live_in": [pid for pid, folder in live.items() if folder == str(version.folder)],
+        "base_digest": version.base_digest,
+        "evaluation": dict(figures) or None,
+        "promotions": version.manifest.get("promotions", []),
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    figures: Mapping[str, Any] = row["evaluation"] or {}
+    edits: Mapping[str, Any] = figures.get("edits", {})
+    general: Mapping[str, Any] = figures.get("general") or {}
+    kept = f"{edits['base']['right']} → {edits['candidate']['right']} of {edits['rows']}" if edits else "not evaluated"
+    tasks = f"{general['base']} → {general['candidate']} of {general['tasks']}" if general else ""
+    processes = ", ".join(f"process {pid}" for pid in row["live_in"])
+    name = row["version"] if row["state"] == "ok" else row["folder"]
+    return (name, row["used"], processes, row["base"], kept, tasks, row["state"])
+
+
+@adapters_app.command()
+def use(
+    adapter: Annotated[
+        str, typer.Argument(help="Version, adapter folder, or __none__ for the base model.", show_default=False)
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Use an adapter from now on, until the next `use` or `rollback`, whatever the gate says. Servers take it."""
+    session = open_session({}, None, as_json)
+    folder = None if adapter == BASE else _folder_of(session, adapter)
+    if folder is not None:
+        read_adapter(folder)
+    AdapterChoice(session.paths.adapter_choice).use(folder)
+    say_current(session, as_json)
+
+
+def _folder_of(session: Session, name: str) -> Path:
+    """A version's folder, or the folder of that name here."""
+    here, version = Path(name).absolute(), session.paths.qlora_out / name
+    return version if Path(name).name == name and version.is_dir() and not here.is_dir() else here
+
+
+@adapters_app.command()
+def rm(
+    adapter: Annotated[str, typer.Argument(help="Version of an adapter under the home.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Delete an adapter. One that is used cannot be deleted: use another first."""
+    from training.promote import remove_version
+
+    session = open_session({}, None, as_json)
+    folder = session.paths.qlora_out / adapter
+    if Path(adapter).name != adapter or not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"There is no adapter {adapter} in {session.paths.qlora_out}", hint="planpatch adapters list")
+    if session.adapter() == folder:
+        raise UsageError(f"{adapter} is used", hint="planpatch adapters rollback, or planpatch adapters use __none__")
+    remove_version(folder)
+    if as_json:
+        console.print_json({"ok": True, "removed": str(folder)})
+        return
+    console.say(escape(f"{adapter} is deleted"))
+
+
+@adapters_app.command()
+def rollback(as_json: JsonOption = False) -> None:
+    """Go back to what was used before the last `use` or `promote`. Servers that run take it."""
+    session = open_session({}, None, as_json)
+    AdapterChoice(session.paths.adapter_choice).rollback()
+    say_current(session, as_json)
+
+
+def say_current(session: Session, as_json: bool, **facts: Any) -> None:
+    """Say what is used from now on, once the servers that run have taken it.
+
+    Args:
+        session: Names the home.
+        as_json: Whether stdout is for programs.
+        **facts: More of them, for programs.
+    """
+    current = session.adapter()
+    is_chosen = session.settings.adapter == "auto"
+    taken, others = _wait_until_taken(session, current) if is_chosen else ([], [])
+    if as_json:
+        known = {"adapter": str(current) if current else BASE, "live_in": taken, "not_taken_by": others}
+        console.print_json({"ok": True, **known, **facts})
+        return
+    console.say(f"used from now on: {escape(str(current)) if current else 'the base model'}")
+    for pid in taken:
+        console.say(f"  the server of process {pid} has taken it")
+    for pid in others:
+        console.warn(f"the server of process {pid} has not taken it, or does not answer; its log says why")
+    if not is_chosen:
+        source = session.settings.source_of("adapter")
+        console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")
+
+
+def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int]]:
+    """Servers that run with the adapter now, and those that after a while still do not, or do not answer.
+
+    One that is still loading its model is neither: it will take what is chosen then.
+    """
+    wanted = str(current) if current else None
+    deadline = time.monotonic() + _TAKEN_WITHIN_S
+    while True:
+        live = _live(session)
+        others = [pid for pid, folder in live.items() if folder != wanted]
+        if not others or time.monotonic() > deadline:
+            return [pid for pid in live if pid not in others], others
+        time.sleep(0.2)
+
+
+def _live(session: Session) -> dict[int, str | None]:
+    """The adapter's folder of each server of this home that has a model; empty where it did not answer.
+
+    Servers without a listener are not asked.
+    """
+    found: dict[int, str | None] = {}
+    for server in listeners(session.paths.runtime_file):
+        answer = server.health()
+        if answer is None or answer["model_loaded"]:
+            found[server.pid] = _SILENT if answer is None else answer["adapter_path"]
+    return found
