@@ -33,11 +33,11 @@ from engine.patching.ledger_records import Operation
 from engine.patching.parser_process import ParserProcess
 from lsp_server import code_actions
 from lsp_server.adapter_follower import AdapterFollower
-from lsp_server.adapter_reports import known_adapters
 from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
 from lsp_server.http_host import HttpHost
+from lsp_server.learning_reports import known_adapters, training_run
 from lsp_server.log_masking import mask_log
 from lsp_server.lsp_editor import LspEditor, action_request, code_action
 from lsp_server.lsp_protocol import Protocol
@@ -91,6 +91,7 @@ class PlanPatchServer(LanguageServer):
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
         self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
+        self._training: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
         self._client_process: int | None = None
@@ -189,9 +190,16 @@ class PlanPatchServer(LanguageServer):
                 log.warning("the client's process %d is gone", self._client_process)
                 self.end(1)
             try:
+                await self._tell_training()
                 await self._bench.labels.tick()
             except Exception as fault:  # a locked ledger, a process that was ended: the next tick tries again
                 log.warning("labels could not be looked at: %s", fault)
+
+    async def _tell_training(self) -> None:
+        now = await asyncio.to_thread(training_run, self._session.paths.qlora_out)
+        if now != self._training:
+            self._training = now
+            self.bench.tell_status()
 
     async def _end_with_engine(self) -> None:
         """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
@@ -272,7 +280,8 @@ class PlanPatchServer(LanguageServer):
 
     def _facts(self) -> dict[str, Any]:
         """What the status says of this server."""
-        return {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
+        facts = {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
+        return {**facts, "training": self._training}
 
     def _tell_of_adapter(self, message: str, is_done: bool) -> None:
         self._tell_from_thread(message, Severity.INFO if is_done else Severity.WARNING)

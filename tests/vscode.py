@@ -287,7 +287,8 @@ class VSCode:
         return wait_until(looked, f"the editor lacks {holds!r}", limit_s)
 
     def picture(self, path: Path) -> Path:
-        """The window as a PNG."""
+        """The window as a PNG, once what slides in has come to rest."""
+        time.sleep(0.5)
         told = self.page.command("Page.captureScreenshot", {"format": "png"})
         path.write_bytes(base64.b64decode(told["data"]))
         return path

@@ -1,7 +1,7 @@
 // `npm run package`: the server's wheel, the bundle, and one .vsix of both. Reaches no network.
 
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -29,6 +29,9 @@ function buildWheel(folder) {
   if (wheels.length !== 1) {
     throw new Error(`hatchling left ${wheels.length} wheels in ${folder}`);
   }
+  // The tested versions go with it. Not torch's: which build fits is a matter of the machine.
+  const lines = readFileSync(path.join(root, "constraints.txt"), "utf8").split("\n");
+  writeFileSync(path.join(folder, "constraints.txt"), lines.filter((line) => !/^torch\b/.test(line)).join("\n"));
 }
 
 function pythonWithHatchling() {

@@ -43,7 +43,7 @@ def summary(values):
     return total, count, largest
 
 
-EMPTY = (0, 0, None)  # 🈳
+EMPTY = (0, 0, None)  # Größe 0
 '''
 CLAMP = '''"""Numbers."""
 
@@ -87,6 +87,12 @@ def _command_line(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return []
+
+
+def tokens(code: VSCode, stage: str) -> int:
+    """How many tokens of a plan or a patch the status bar tells of; 0 for none."""
+    found = re.search(rf"{stage}: (\d+) tokens", " ".join(code.texts(STATUS)))
+    return int(found[1]) if found else 0
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -141,19 +147,14 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.type("use += in the first loop and return a dictionary")
         picture(code, "1-intent")
         code.press("Enter")
-        code.wait_for(STATUS, "planning", LONG_S)
-        code.wait_for(".tab", "Plan for summary", LONG_S)
-        wait_until(lambda: re.search(r"planning: [4-9]", " ".join(code.texts(STATUS))), "no token", LONG_S)
-        picture(code, "2-plan-is-written")
-
         write_plan(code, tmp_path, "Use += for total and count in the first loop.", "Return a dictionary, not a tuple.")
-        picture(code, "3-plan-is-edited")
+        picture(code, "2-plan")
         code.press("Control+Alt+Enter")
         code.wait_for(LENS, "Accept", LONG_S)
         code.wait_for(".tab.active", "(PlanPatch)")
         code.press("Control+1")
-        code.wait_for(STATUS, "Ln 7")
-        picture(code, "4-review")
+        code.go_to(7)
+        picture(code, "3-review")
         assert "<<<<<<<" not in code.page.text() and code.editor_text() == STATS
 
         hunks = len(code.texts(LENS, "Accept"))
@@ -166,7 +167,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.wait_for(TOAST, "applied to summary")
         patched = code.wait_for_editor(lambda text: text != STATS)
         assert "total += value" in patched and "return total, count, largest" in patched
-        picture(code, "5-applied")
+        picture(code, "4-applied")
         code.press("Control+Z")
         code.wait_for_editor(lambda text: text == STATS)
         code.press("Control+Y")
@@ -186,7 +187,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         code.wait_for_editor(lambda text: text == patched)
         code.run("PlanPatch: Roll Back the Last Patch of This File")
         code.wait_for_editor(lambda text: text == STATS)
-        picture(code, "6-rolled-back")
+        picture(code, "5-rolled-back")
         code.press("Control+S")
         wait_until(lambda: file.read_bytes() == STATS.encode(), "the file is not what it was")
     (entry,) = ledger(workspace)
@@ -215,7 +216,7 @@ def film(folder: Path) -> None:
     ]
     target = folder / "planpatch.gif"
     small[0].save(target, save_all=True, append_images=small[1:], duration=2500, loop=0, optimize=True)
-    assert len(small) == 6 and target.stat().st_size < 1_000_000
+    assert len(small) == 5 and target.stat().st_size < 1_000_000
 
 
 @pytest.mark.long
@@ -229,7 +230,7 @@ def test_a_job_is_cancelled_while_the_model_writes(code: VSCode, workspace: Path
         code.wait_for(".quick-input-widget", "make a patch")
         code.answer("rename x to value")
         code.wait_for(STATUS, "PATCH", LONG_S)
-        wait_until(lambda: re.search(r"PATCH: [1-9]\d+ tokens", " ".join(code.texts(STATUS))), "no tokens", LONG_S)
+        wait_until(lambda: tokens(code, "PATCH") > 9, "no tokens", LONG_S)
         picture(code, "generating")
         code.run("PlanPatch: Cancel a Running Job")
         code.wait_until_gone(STATUS, "PATCH")
@@ -269,10 +270,11 @@ def a_linter(installed: Installed, folder: Path) -> Path:
         (folder / "extension.js").read_text(encoding="utf-8").replace("RUFF", str(Path(sys.executable).parent / "ruff"))
     )
     (folder / "extension.js").write_text(text, encoding="utf-8")
-    node = [str(installed.node)]
-    esbuild = ["node_modules/esbuild/bin/esbuild", "extension.js", "--bundle", "--platform=node", "--external:vscode"]
-    vsce = [*node, "node_modules/@vscode/vsce/vsce", "package", "--no-dependencies", "--allow-missing-repository"]
-    for command in ([*node, *esbuild, "--outfile=out.js"], [*vsce, "--skip-license", "--out", "linter.vsix"]):
+    bundle = "require('esbuild').buildSync({entryPoints: ['extension.js'], bundle: true, platform: 'node',"
+    bundle += " external: ['vscode'], outfile: 'out.js'})"
+    node = str(installed.node)
+    vsce = [node, "node_modules/@vscode/vsce/vsce", "package", "--no-dependencies", "--allow-missing-repository"]
+    for command in ([node, "-e", bundle], [*vsce, "--skip-license", "--out", "linter.vsix"]):
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "linter.vsix"
@@ -301,7 +303,8 @@ def test_a_refused_patch_says_why_and_is_tried_again(
         code.click(f"{TOAST} .monaco-button", "Retry with Feedback")
         code.answer("add type hints only")
         code.wait_for(LENS, "Accept", LONG_S)
-        assert code.editor_text() == CLAMP
+        code.press("Control+1")
+        wait_until(lambda: code.editor_text() == CLAMP, "the text is another already")
         code.press("Control+Alt+Enter")
         code.wait_for_editor(lambda text: text != CLAMP)
         code.wait_until_gone(".squiggly-info")
@@ -322,7 +325,9 @@ def test_the_views_show_model_and_ledger_and_roll_back(code: VSCode, workspace: 
         code.wait_for_editor(lambda text: text != CLAMP)
         code.run("PlanPatch: Open Ledger")
         code.wait_for(".pane-body .monaco-list-row", MODEL)
-        code.click(".pane-body .monaco-list-row", "clamp")
+        code.click(".pane-body .monaco-list-row", "clamp.py")
+        code.press("ArrowRight")
+        code.wait_for(".pane-body .monaco-list-row", "return low")
         picture(code, "views")
         code.click(f"{TOAST} .monaco-button", "Roll Back")
         code.wait_for_editor(lambda text: text == CLAMP)

@@ -42,6 +42,9 @@ def run_suite(
         with start_code(environment, payload=payload) as code:
             ran = code.run_suite(limit_s)
             print(ran.output)
+            own_ms = float(re.findall(r"activated in ([\d.]+) ms", code.log_of("PlanPatch"))[0])
+            record_figure("vscode: activation's own code", own_ms, "ms")
+            assert own_ms < 1000  # generous: the figure is what counts, and the machine may be busy
             assert ran.code == 0 and re.search(r"[1-9]\d* passed, 0 failed", ran.output), ran.output
         figures: dict[str, Any] = {}
         for line in re.findall(r"^figures (.*)$", ran.output, re.MULTILINE):
@@ -54,11 +57,9 @@ def run_suite(
 
 
 @pytest.mark.slow
-def test_no_patch_lands_on_text_it_was_not_made_for_whatever_the_user_types_meanwhile(
-    run_suite: Run, long_run: bool
-) -> None:
+def test_activation_is_quick_and_no_patch_lands_on_text_it_was_not_made_for(run_suite: Run, long_run: bool) -> None:
     sequences, seed = (200, random.randrange(2**31)) if long_run else (10, 1)
     print(f"seed {seed}")
-    told = run_suite("never_wrong.cjs", limit_s=60 + 60 * sequences, seed=seed, sequences=sequences)
+    told = run_suite("activation.cjs", "never_wrong.cjs", limit_s=60 + 60 * sequences, seed=seed, sequences=sequences)
     assert told["landed"] + told["kept_out"] + told["refused"] + told["cancelled"] == sequences
     assert told["landed"] and told["kept_out"]

@@ -9,7 +9,7 @@ import type { LanguageClient, LanguageClientOptions } from "vscode-languageclien
 import { findServer, isCompatible, type Launch, type Machine, NotFoundError } from "./discovery";
 import { PrivateEnvironment } from "./environment";
 import { type Failure, type FailureKind, failureOf, startFailure, Told } from "./failures";
-import { Jobs } from "./jobs";
+import { Jobs, ServerGone } from "./jobs";
 import { type Argument, CLIENT_OPTIONS, type Job, SERVER_VERSIONS, type Started, type Status } from "./protocol";
 import { Crashes, Restarts } from "./restarts";
 import { needsRestart, type OwnSettings, ownSettings, serverSection } from "./settings";
@@ -244,6 +244,9 @@ export class Connection implements vscode.Disposable {
       throw this.fail("version", `${launch.command}: planpatch ${this.serverVersion || "?"}; ${wanted}`);
     }
     this.setState("running");
+    if (launch.source === "environment" && this.environment.isOutdated()) {
+      tellFailure({ kind: "outdated", detail: "" });
+    }
   }
 
   private spawn(launch: Launch): Promise<ChildProcess> {
@@ -323,10 +326,24 @@ export class Connection implements vscode.Disposable {
     this.jobs.forgetAll();
   }
 
-  dispose(): void {
+  /** End for good: the server is told, and gone when this resolves. */
+  async close(): Promise<void> {
     this.isDisposed = true;
-    void this.stop();
+    await this.stop();
+  }
+
+  dispose(): void {
+    void this.close();
     this.changed.dispose();
+  }
+
+  /** Have something done that nobody waits for; what goes wrong is logged, but for the end of the server, which is told. */
+  inBackground(work: Promise<unknown>): void {
+    work.catch((error: unknown) => {
+      if (!(error instanceof AlreadyTold || error instanceof ServerGone || this.client === null)) {
+        this.log.error(error instanceof Error ? error : String(error));
+      }
+    });
   }
 
   // --- what comes from the server ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import * as path from "node:path";
 
 export const CUDA_INDEX = "https://download.pytorch.org/whl/cu128"; // as `planpatch doctor` says
 export const CPU_INDEX = "https://download.pytorch.org/whl/cpu";
+const FEW_TRIES = ["--retries", "2", "--timeout", "20"]; // a network that blocks it is no reason to wait for minutes
+const QUIET = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"];
 const OLDEST_PYTHON = [3, 10] as const;
 const CURRENT = "current.json";
 
@@ -90,6 +92,11 @@ export class PrivateEnvironment {
     return names.length === 1 && names[0] !== undefined ? path.join(this.bundled, names[0]) : null;
   }
 
+  /** The versions that the bundled wheel was tested with. */
+  private constraints(): string {
+    return path.join(this.bundled, "constraints.txt");
+  }
+
   /** Whether another wheel comes with the extension than the one that the environment was made from. */
   isOutdated(): boolean {
     const [installed, wheel] = [this.installed(), this.wheel()];
@@ -130,10 +137,11 @@ export class PrivateEnvironment {
   }
 
   private async pip(python: string, requirement: string, options: InstallOptions): Promise<void> {
-    for (const step of pipSteps(requirement, options)) {
+    const isOurs = options.requirement === null && existsSync(this.constraints());
+    for (const step of pipSteps(requirement, options, isOurs ? this.constraints() : null)) {
       options.progress(step.title);
       try {
-        const args = ["-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", ...step.args];
+        const args = ["-I", "-m", "pip", "install", ...QUIET, ...step.args];
         await this.run(python, args, options.signal, "pip");
       } catch (error) {
         if (!step.mayFail || (error instanceof InstallError && error.reason === "cancelled")) {
@@ -210,17 +218,22 @@ export class PrivateEnvironment {
 }
 
 /** What pip is asked for. torch comes first, from the index that has the build for this machine. */
-export function pipSteps(requirement: string, options: Pick<InstallOptions, "pipArgs" | "hasNvidia" | "platform">): Step[] {
+export function pipSteps(
+  requirement: string,
+  options: Pick<InstallOptions, "pipArgs" | "hasNvidia" | "platform">,
+  constraints: string | null = null,
+): Step[] {
   const wanted = options.hasNvidia ? withExtra(requirement, "cuda") : requirement;
+  const tested = constraints === null ? [] : ["--constraint", constraints];
   if (options.pipArgs !== null) {
-    return [{ title: "planpatch", args: [wanted, ...options.pipArgs], mayFail: false }];
+    return [{ title: "planpatch", args: [wanted, ...tested, ...options.pipArgs], mayFail: false }];
   }
   const index = options.hasNvidia ? CUDA_INDEX : CPU_INDEX;
   const hasFit = options.platform === "darwin" || (options.platform === "linux" && options.hasNvidia);
   const isNeeded = !hasFit && !(options.platform === "win32" && !options.hasNvidia); // there PyPI's build is the right one
   return [
-    ...(isNeeded ? [{ title: "torch", args: ["torch", "--index-url", index], mayFail: !options.hasNvidia }] : []),
-    { title: "planpatch", args: [wanted], mayFail: false },
+    ...(isNeeded ? [{ title: "torch", args: ["torch", "--index-url", index, ...FEW_TRIES], mayFail: !options.hasNvidia }] : []),
+    { title: "planpatch", args: [wanted, ...tested], mayFail: false },
   ];
 }
 

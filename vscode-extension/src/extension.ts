@@ -9,28 +9,32 @@ import { Reviews } from "./review";
 import { StatusView } from "./statusView";
 import { SCHEME, Texts } from "./texts";
 
+let connection: Connection | undefined;
+
 export function activate(context: vscode.ExtensionContext): void {
   const startedAt = performance.now();
   const log = vscode.window.createOutputChannel("PlanPatch", { log: true });
-  const connection = new Connection(context, log);
+  const made = new Connection(context, log);
+  connection = made;
   const texts = new Texts();
   context.subscriptions.push(
     log,
-    connection,
+    made,
     vscode.workspace.registerTextDocumentContentProvider(SCHEME, texts),
   );
   registerCommands(context, {
-    connection,
+    connection: made,
     texts,
-    reviews: new Reviews(context, connection, texts),
-    plans: new PlanView(context, connection, texts),
-    ledger: new LedgerView(context, connection, texts),
-    status: new StatusView(context, connection),
+    reviews: new Reviews(context, made, texts),
+    plans: new PlanView(context, made, texts),
+    ledger: new LedgerView(context, made, texts),
+    status: new StatusView(context, made),
   });
-  connection.startIfWanted();
+  made.startIfWanted();
   log.info(`activated in ${(performance.now() - startedAt).toFixed(1)} ms`);
 }
 
-export function deactivate(): void {
-  // what was registered is in context.subscriptions, and the editor disposes of it
+/** The editor waits for this, but not for what is in `subscriptions`. */
+export async function deactivate(): Promise<void> {
+  await connection?.close();
 }

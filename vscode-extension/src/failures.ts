@@ -15,12 +15,14 @@ export type FailureKind =
   | "held"
   | "modelFailed"
   | "portTaken"
-  | "installFailed";
+  | "installFailed"
+  | "outdated";
 
 /** What a button does; `connection.ts` and `commands.ts` know how. */
 export type Remedy =
   | "trust"
   | "install"
+  | "update"
   | "settings"
   | "basePython"
   | "log"
@@ -42,6 +44,7 @@ export const REMEDIES: Record<FailureKind, Remedy[]> = {
   held: ["restart", "chooseModel"],
   modelFailed: ["log", "doctor", "chooseModel"],
   portTaken: ["settings"],
+  outdated: ["update"],
   installFailed: ["log", "install", "settings"],
 };
 
@@ -55,7 +58,7 @@ export interface Failure {
 export function failureOf(status: Status): Failure | null {
   const detail = [status.message, status.hint].filter((part) => part !== "").join(". ");
   if (status.state === "absent") {
-    return { kind: "noModel", detail };
+    return { kind: "noModel", detail: status.message }; // the hint is the button
   }
   if (status.state === "failed") {
     const kind = status.reason === "held" ? "held" : status.reason === "memory" ? "noMemory" : "modelFailed";

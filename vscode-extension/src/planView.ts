@@ -27,7 +27,7 @@ export class PlanView implements vscode.CodeLensProvider {
           this.setContext();
         }
       }),
-      { dispose: connection.jobs.listen((job) => void this.jobChanged(job)) },
+      { dispose: connection.jobs.listen((job) => connection.inBackground(this.jobChanged(job))) },
     );
     this.setContext();
   }

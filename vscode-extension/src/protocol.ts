@@ -116,6 +116,7 @@ export interface Status {
   apply?: "ask" | "direct";
   http?: string;
   httpProblem?: string;
+  training?: { run: string; step: number; numSteps: number; leftS: number | null } | null;
   presets?: Record<string, string>;
   plans?: { function: string; file: string; intent: string }[];
 }

@@ -12,6 +12,8 @@ import { besideColumn, idOf, SCHEME, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
+const OFFERED_MS = 5000;
+
 interface Shown {
   review: PatchReview;
   entry: Entry;
@@ -45,8 +47,8 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
       this.lensesChanged,
       vscode.languages.registerCodeLensProvider([{ language: "python", scheme: "file" }, { scheme: SCHEME }], this),
       vscode.languages.registerHoverProvider({ language: "python", scheme: "file" }, this),
-      connection.onDidChange(() => void this.follow()),
-      { dispose: connection.jobs.listen((job) => void this.jobChanged(job)) },
+      connection.onDidChange(() => connection.inBackground(this.follow())),
+      { dispose: connection.jobs.listen((job) => connection.inBackground(this.jobChanged(job))) },
       vscode.workspace.onDidChangeTextDocument((event) => this.textChanged(event.document)),
       vscode.workspace.onDidOpenTextDocument((document) => this.textChanged(document)),
       vscode.workspace.onDidCloseTextDocument((document) => this.textChanged(document)),
@@ -110,7 +112,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
       warnings.forEach((warning) => void vscode.window.showWarningMessage(`PlanPatch: ${warning}`));
       return;
     }
-    const shown = await this.load(id);
+    const shown = (await this.isOffered(id)) ? await this.load(id) : null;
     if (shown === null) {
       return;
     }
@@ -123,7 +125,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     if (this.connection.own.review === "preview") {
       await this.preview(id);
     } else if (this.connection.own.review === "diff") {
-      await this.showDiff(id);
+      await keepFocus(() => this.showDiff(id));
     }
     vscode.window.setStatusBarMessage(t("PlanPatch: a patch waits in {0}", entryName(shown.entry)), 5000);
   }
@@ -140,6 +142,27 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     const line = lensLine(edit, editor.document.lineCount);
     editor.selection = new vscode.Selection(line, 0, line, 0);
     editor.revealRange(editor.selection, vscode.TextEditorRevealType.InCenterIfOutsideViewport);
+  }
+
+  /** A job's end comes a moment before the status that says that its patch waits. */
+  private isOffered(id: string): Promise<boolean> {
+    const isSo = (): boolean => this.connection.status?.pending.includes(id) ?? false;
+    if (isSo()) {
+      return Promise.resolve(true);
+    }
+    return new Promise((resolve) => {
+      const end = (answer: boolean): void => {
+        clearTimeout(timer);
+        listening.dispose();
+        resolve(answer);
+      };
+      const timer = setTimeout(() => end(false), OFFERED_MS);
+      const listening = this.connection.onDidChange(() => {
+        if (isSo()) {
+          end(true);
+        }
+      });
+    });
   }
 
   private tellEnd(job: Job): void {
@@ -407,10 +430,19 @@ export async function openDiff(texts: Texts, entry: Entry): Promise<void> {
   const selection = edit === undefined ? undefined : new vscode.Range(edit.start_line - 1, 0, edit.start_line - 1, 0);
   await vscode.commands.executeCommand("vscode.diff", before, after, title, {
     viewColumn: besideColumn(entry.path === null ? undefined : vscode.Uri.file(entry.path)),
-    preserveFocus: true,
     preview: true,
     selection,
   });
+}
+
+/** Open something beside without taking the user away from where they type; `vscode.diff` takes no notice of that wish. */
+async function keepFocus(open: () => Promise<void>): Promise<void> {
+  const before = vscode.window.activeTextEditor;
+  await open();
+  if (before?.viewColumn !== undefined && vscode.window.activeTextEditor !== before) {
+    const { document, selection, viewColumn } = before;
+    await vscode.window.showTextDocument(document, { viewColumn, selection });
+  }
 }
 
 /** Where the hunks of a patch are in a document: the file itself, or the right side of the diff. */

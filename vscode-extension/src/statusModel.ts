@@ -36,7 +36,9 @@ export function bar(state: ConnectionState, status: Status | null, jobs: Job[], 
   }
   switch (status.state) {
     case "ready":
-      return say("sparkle", [status.model, ...adapterName(status.adapter)].join(" + "));
+      return status.training
+        ? say("mortar-board", trainingWords(status.training, t))
+        : say("sparkle", [status.model, ...adapterName(status.adapter)].join(" + "));
     case "off":
     case "loading":
       return say("loading~spin", status.message === "" ? t("loading the model") : status.message);
@@ -87,6 +89,7 @@ export function rows(status: Status, evaluation: Evaluation | null, t: Translate
     add("adapter", "extensions", t("Adapter"), adapterName(status.adapter)[0] ?? t("none: the base model"));
     add("evaluation", "graph", t("A/B figures"), evaluationWords(evaluation, t));
   }
+  add("training", "mortar-board", t("Training"), status.training ? trainingWords(status.training, t) : "");
   add("memory", "dashboard", t("Memory"), status.memoryBytes ? bytes(status.memoryBytes) : "");
   add("context", "symbol-ruler", t("Context"), status.contextLength ? t("{0} tokens", status.contextLength) : "");
   add("plan", "notebook", t("Last plan"), runWords(status.last?.plan, t));
@@ -105,6 +108,16 @@ export function evaluationWords(evaluation: Evaluation | null, t: Translate): st
     general === undefined ? "" : t("general tasks {0} → {1} of {2}", general.base, general.candidate, general.tasks),
   ];
   return parts.filter((part) => part !== "").join("; ");
+}
+
+function trainingWords(training: NonNullable<Status["training"]>, t: Translate): string {
+  const { run, step, numSteps, leftS } = training;
+  if (numSteps === 0) {
+    return t("training {0}", run);
+  }
+  return leftS === null
+    ? t("training {0}: step {1} of {2}", run, step, numSteps)
+    : t("training {0}: step {1} of {2}, {3} min left", run, step, numSteps, Math.ceil(leftS / 60));
 }
 
 function runWords(run: LastRun | undefined, t: Translate): string {

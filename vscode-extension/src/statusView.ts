@@ -71,7 +71,7 @@ export class StatusView implements vscode.TreeDataProvider<Node> {
     void vscode.commands.executeCommand("setContext", "planpatch.modelReady", status?.state === "ready");
     if (status?.adapter !== this.adapter && state === "running") {
       this.adapter = status?.adapter;
-      void this.askFigures();
+      this.connection.inBackground(this.askFigures());
     }
     this.changed.fire();
   }

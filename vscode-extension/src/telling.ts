@@ -9,7 +9,7 @@ import type { ServerError } from "./protocol";
 export function tellFailure(failure: Failure): void {
   const titles = new Map(REMEDIES[failure.kind].map((remedy) => [remedyTitle(remedy), remedy]));
   const message = [failureText(failure.kind), failure.detail].filter((part) => part !== "").join(" ");
-  const isMild = failure.kind === "noModel" || failure.kind === "portTaken" || failure.kind === "untrusted";
+  const isMild = ["noModel", "portTaken", "untrusted", "outdated"].includes(failure.kind);
   const show = isMild ? vscode.window.showInformationMessage : vscode.window.showErrorMessage;
   const shown = show(`PlanPatch: ${message}`, ...titles.keys());
   void shown.then(async (title) => {
@@ -46,6 +46,8 @@ export function failureText(kind: FailureKind): string {
       return vscode.l10n.t("The model cannot be loaded.");
     case "portTaken":
       return vscode.l10n.t("The port for HTTP is taken; editing is not affected.");
+    case "outdated":
+      return vscode.l10n.t("The extension brings a newer server than the one that is installed.");
     case "installFailed":
       return vscode.l10n.t("The server could not be installed.");
   }
@@ -57,6 +59,8 @@ function remedyTitle(remedy: Remedy): string {
       return vscode.l10n.t("Manage Workspace Trust");
     case "install":
       return vscode.l10n.t("Install Server");
+    case "update":
+      return vscode.l10n.t("Update Server");
     case "settings":
       return vscode.l10n.t("Open Settings");
     case "basePython":
@@ -78,6 +82,7 @@ async function applyRemedy(remedy: Remedy): Promise<void> {
   const commands: Record<Remedy, string> = {
     trust: "workbench.trust.manage",
     install: "planpatch.ui.install",
+    update: "planpatch.ui.install",
     settings: "workbench.action.openSettings",
     basePython: "planpatch.ui.choosePython",
     log: "planpatch.ui.showLog",

@@ -130,14 +130,20 @@ describe("what pip is asked for", () => {
     pipSteps("/x/planpatch.whl", { pipArgs: null, hasNvidia: false, platform: "linux", ...more }).map((step) => step.args.join(" "));
 
   test.each<[string, Partial<InstallOptions>, string[]]>([
-    ["Linux, no GPU: the small torch", {}, [`torch --index-url ${CPU_INDEX}`, "/x/planpatch.whl"]],
+    ["Linux, no GPU: the small torch", {}, [`torch --index-url ${CPU_INDEX} --retries 2 --timeout 20`, "/x/planpatch.whl"]],
     ["Linux, NVIDIA: PyPI's torch has CUDA", { hasNvidia: true }, ["/x/planpatch.whl[cuda]"]],
     ["Windows, no GPU: PyPI's torch", { platform: "win32" }, ["/x/planpatch.whl"]],
-    ["Windows, NVIDIA: PyTorch's own index", { platform: "win32", hasNvidia: true }, [`torch --index-url ${CUDA_INDEX}`, "/x/planpatch.whl[cuda]"]],
+    ["Windows, NVIDIA: PyTorch's own index", { platform: "win32", hasNvidia: true }, [`torch --index-url ${CUDA_INDEX} --retries 2 --timeout 20`, "/x/planpatch.whl[cuda]"]],
     ["a Mac", { platform: "darwin" }, ["/x/planpatch.whl"]],
     ["the user's own arguments", { pipArgs: ["--pre"], hasNvidia: true }, ["/x/planpatch.whl[cuda] --pre"]],
   ])("%s", (_, more, args) => {
     expect(steps(more)).toEqual(args);
+  });
+
+  test("the versions that were tested, but for torch's own index", () => {
+    const args = pipSteps("p", { pipArgs: null, hasNvidia: false, platform: "linux" }, "/c.txt").map((step) => step.args);
+    expect(args.map((one) => one.includes("--constraint"))).toEqual([false, true]);
+    expect(args[1]).toEqual(["p", "--constraint", "/c.txt"]);
   });
 
   test("the small torch is a favour; the one with CUDA is what the user needs", () => {

@@ -25,7 +25,8 @@ describe("what a status says", () => {
   });
 
   test("the server's words come with it", () => {
-    expect(failureOf(status({ state: "absent", message: "not here", hint: "pull it" }))?.detail).toBe("not here. pull it");
+    expect(failureOf(status({ state: "failed", message: "no room", hint: "close it" }))?.detail).toBe("no room. close it");
+    expect(failureOf(status({ state: "absent", message: "not here", hint: "pull it" }))?.detail).toBe("not here");
   });
 });
 

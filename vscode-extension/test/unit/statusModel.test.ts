@@ -33,6 +33,8 @@ describe("the status bar", () => {
     ["ready, with an adapter", "running", READY, [], "$(sparkle) qwen3-8b + style-v3", "none"],
     ["ready, without", "running", { ...READY, adapter: null }, [], "$(sparkle) qwen3-8b", "none"],
     ["a download", "running", { ...READY, state: "loading", message: "piece 3 of 9 (31%)" }, [], "$(loading~spin) piece 3 of 9 (31%)", "none"],
+    ["training", "running", { ...READY, training: { run: "style-v4", step: 7, numSteps: 40, leftS: 95 } }, [], "$(mortar-board) training style-v4: step 7 of 40, 2 min left", "none"],
+    ["training that begins", "running", { ...READY, training: { run: "style-v4", step: 0, numSteps: 0, leftS: null } }, [], "$(mortar-board) training style-v4", "none"],
     ["no model", "running", { ...READY, state: "absent" }, [], "$(cloud-download) no model yet", "warning"],
     ["no memory", "running", { ...READY, state: "failed", reason: "memory" }, [], "$(warning) no model", "warning"],
     ["at work", "running", READY, [job({ stage: "plan", numTokens: 7 })], "$(loading~spin) planning: 7 tokens", "none"],

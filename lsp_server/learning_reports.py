@@ -1,14 +1,20 @@
-"""The adapters that an editor offers, with what training and the A/B gate wrote of each into its manifest."""
+"""What an editor shows of learning: the adapters, with the A/B gate's figures, and the training run that goes on.
+
+`training` writes it: `manifest.json` in an adapter's folder, `progress.json` in that of a run, `.NAME-vN.partial`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from engine.errors import AdapterError
 from engine.inference.adapters import read_adapter
+
+_TOLERANCE_S = 2.0
 
 
 def known_adapters(trained: Path, current: Path | None) -> list[dict[str, Any]]:
@@ -26,6 +32,39 @@ def known_adapters(trained: Path, current: Path | None) -> list[dict[str, Any]]:
     if current is not None and current not in folders:
         folders.append(current)
     return [_facts(folder, is_used=folder == current) for folder in folders]
+
+
+def training_run(trained: Path) -> dict[str, Any] | None:
+    """How far the training run is that goes on now.
+
+    Args:
+        trained: Folder of adapter folders.
+
+    Returns:
+        `{run, step, numSteps, leftS}`, `leftS` None while it is not known; None if nothing is trained.
+    """
+    for file in sorted(trained.glob(".*.partial/progress.json")) if trained.is_dir() else ():
+        try:
+            found: object = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # it is being written, or ended just now
+        progress = cast("Mapping[str, Any]", found if isinstance(found, dict) else {})
+        if progress.get("state") not in ("done", "failed", "stopped") and _lives(progress):
+            run = re.sub(r"\A\.|\.partial\Z", "", file.parent.name)
+            step, num_steps, left_s = (progress.get(name) for name in ("step", "num_steps", "left_s"))
+            return {"run": run, "step": step or 0, "numSteps": num_steps or 0, "leftS": left_s}
+    return None
+
+
+def _lives(progress: Mapping[str, Any]) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(int(progress["pid"]))
+        is_it = abs(process.create_time() - float(progress["started_at"])) < _TOLERANCE_S
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return False
 
 
 def _facts(folder: Path, *, is_used: bool) -> dict[str, Any]:
