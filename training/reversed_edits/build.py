@@ -358,11 +358,9 @@ def _general_rows_of_package(work: tuple[Package, Path]) -> list[dict[str, Any]]
             continue
         code = Code(file.text)
         for node in code.tree.body:
-            if (
-                not isinstance(node, ast.FunctionDef)
-                or node.decorator_list
-                or not 3 <= node.end_lineno - node.lineno <= 40
-            ):  # type: ignore[operator]
+            if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+                continue
+            if not 3 <= (node.end_lineno or 0) - node.lineno <= 40:
                 continue
             imports = imports_of(node, code.tree)
             if imports is None or len(docstring_of(node)) < 30 or len(node.body) < 2:
@@ -616,7 +614,7 @@ def _write(
     }
     for one in found:
         counts.update(one.counts)
-    hits: Counter[str] = sum((one.hits for one in found), Counter())
+    hits: Counter[str] = sum((one.hits for one in found), Counter[str]())
     report: dict[str, Any] = {
         "seed": options.seed,
         "packages": len(packages),

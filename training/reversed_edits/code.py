@@ -145,8 +145,8 @@ class Code:
     def blocks(self, node: ast.AST) -> Iterator[list[ast.stmt]]:
         """Every list of statements below a node, not those of functions and classes within it."""
         for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+            block: list[ast.stmt] = [] if isinstance(node, ast.expr) else getattr(node, name, [])  # a lambda's is one
+            if block:
                 yield block
                 for statement in block:
                     if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

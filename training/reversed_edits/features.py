@@ -242,7 +242,7 @@ def comprehension(code: Code, function: FunctionNode) -> Iterator[Change]:
             if isinstance(node, ast.Assign) and (len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name)):
                 continue
             name = "result" if is_return else node.targets[0].id  # type: ignore[attr-defined,union-attr]
-            used = {one.id for one in ast.walk(function) if isinstance(one, ast.Name)} if is_return else set()
+            used = {one.id for one in ast.walk(function) if isinstance(one, ast.Name)} if is_return else set[str]()
             if name in used:
                 continue
             indent = code.indent_of(node)

@@ -161,6 +161,7 @@ def _one(change: Change, name: str, documentation: str, evidence: Sequence[Evide
 def _said(change: Change, name: str, rng: random.Random) -> str:
     """One of the change's own wordings; the vaguer ones only where it has some."""
     fault = change.is_fault
+    kinds: list[tuple[tuple[str, ...], tuple[str, ...], float]]
     kinds = [(change.precise, _PRECISE if fault else _PRECISE_FEATURE, 0.4 if fault else 0.6)]
     kinds.append((change.symptom, _SYMPTOM if fault else _VAGUE_FEATURE, 0.4))
     kinds.append((change.vague, _VAGUE if fault else _VAGUE_FEATURE, 0.25 if fault else 0.6))
