@@ -122,7 +122,7 @@ def test_every_problem_has_a_cause_and_a_mend() -> None:
     assert rows[0] == ("problem", "cause", "mend") and len(rows) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_time_out_names_the_setting_and_bench_counts_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder_05b: Path
 ) -> None:

@@ -267,7 +267,7 @@ def test_two_processes_that_share_the_rows_have_the_losses_of_one(base: Path, tm
     assert json.loads((shared / "manifest.json").read_text())["num_gpus"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_end_with_the_command_that_started_them(base: Path, tmp_path: Path) -> None:
     import psutil
 

@@ -102,7 +102,7 @@ def test_a_server_lends_its_memory_and_takes_it_back(test_home: Path, tmp_path: 
         assert ask(url, "/release", {"pid": 2**22 + 1}, token)[0] == 409, "a process that does not run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_asks_the_running_server_and_brings_it_back(test_home: Path, tmp_path: Path) -> None:
     base = make_base(tmp_path / "tiny")
     data = write_rows(tmp_path / "d.jsonl", [row(number) for number in range(40)])
