@@ -15,9 +15,9 @@ from tests.clients.install import HERE, PYTHON, missing
 from tests.conftest import LONG, TEST_HOME
 from tests.http_server import MODEL, call, serve_05b
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
-NUM_CASES = 5000 if LONG else 120
+NUM_CASES = 5000 if LONG else 300
 TIME_LIMIT_S = 3000 if LONG else 240
 
 
