@@ -49,7 +49,7 @@ def test_no_request_makes_the_server_fail(
                 "--request-timeout",
                 "60",
                 "--workers",
-                "4",
+                "1",  # ast.parse of Python 3.11 fails now and then in several threads, and schemathesis uses it
                 "--seed",
                 "20261126",
             ),
