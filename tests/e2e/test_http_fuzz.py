@@ -15,7 +15,7 @@ from tests.clients.install import HERE, PYTHON, missing
 from tests.conftest import LONG, TEST_HOME
 from tests.http_server import MODEL, call, serve_05b
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 NUM_CASES = 5000 if LONG else 300
 TIME_LIMIT_S = 3000 if LONG else 240
