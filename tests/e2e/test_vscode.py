@@ -193,8 +193,8 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         picture(code, "5-rolled-back")
         code.press("Control+S")
         wait_until(lambda: file.read_bytes() == STATS.encode(), "the file is not what it was")
-    (entry,) = ledger(workspace)
-    assert entry["state"] == "rolled_back"
+        wait_until(lambda: ledger(workspace)[0]["state"] == "rolled_back", "the roll-back is not recorded")
+    assert [entry["state"] for entry in ledger(workspace)] == ["rolled_back"]
     film(tmp_path if not PICTURES else Path(PICTURES))
 
 
