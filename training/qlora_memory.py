@@ -1,7 +1,7 @@
 """How much memory a run takes, told before anything is loaded, and what to change where that is too much.
 
 Weights and optimizer are counted exactly, from the shapes that config.json gives. Activations are what autograd keeps
-of one layer, as measured on the Qwen2 and Qwen3 families.
+of one layer, reckoned for the Qwen2 and Qwen3 families and not held to a GPU yet.
 
 Not covered: what other programs take after the look.
 """
