@@ -177,12 +177,16 @@ class Workbench:
         waiting = await self.records.do(
             lambda ledger: ledger.list_proposals(path=path, state=State.PROPOSED, limit=_MOST_PENDING)
         )
-        for summary in reversed(waiting):
-            entry = await self.records.get(summary.id)
-            proposal = entry.proposal
-            if summary.surface == "lsp" and proposal.base == text.encode("utf-8", "surrogatepass"):
-                offer = Offer(entry.id, proposal.scope, proposal.start_line - 1, proposal.end_line - 1, proposal.intent)
-                file.wait_for_user(Pending(entry, offer, text))
+        async with file.lock:  # no apply is under way: what the ledger says of a patch now is so
+            for summary in reversed(waiting):
+                entry = await self.records.get(summary.id)
+                proposal = entry.proposal
+                is_mine = summary.surface == "lsp" and proposal.base == text.encode("utf-8", "surrogatepass")
+                if is_mine and entry.state is State.PROPOSED:
+                    first, last = proposal.start_line - 1, proposal.end_line - 1
+                    file.wait_for_user(
+                        Pending(entry, Offer(entry.id, proposal.scope, first, last, proposal.intent), text)
+                    )
         if file.pending:
             self._draw(file)
             self.tell_status()

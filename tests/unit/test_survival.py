@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.patching.ledger import Forgettable, Ledger, State
-from lsp_server.editor import ClientProfile
+from lsp_server.editor import BufferEdit, ClientProfile
 from lsp_server.paths import Paths
 from lsp_server.settings import Settings
 from lsp_server.uris import uri_of
@@ -195,6 +196,46 @@ def test_a_patch_that_waits_for_review_blocks_the_label(tmp_path: Path) -> None:
         await desk.bench.reject(waiting)
         await desk.bench.labels.tick()
         assert (await desk.entry(patch_id)).label.value == "accepted"
+
+    at_desk(tmp_path, story)
+
+
+def test_a_patch_that_was_applied_while_the_file_was_recalled_does_not_wait(tmp_path: Path) -> None:
+    """The list of what waits was older than the apply, and the patch was offered again, for good."""
+
+    async def story(desk: Desk) -> None:
+        read = desk.bench.records.get
+        is_read, is_applied = asyncio.Event(), asyncio.Event()
+
+        async def read_and_dawdle(patch_id: str) -> Any:
+            nonlocal num_reads
+            entry = await read(patch_id)
+            num_reads += asyncio.current_task() is recall
+            if asyncio.current_task() is recall and num_reads == 2:  # the first one is about labels
+                is_read.set()
+                await wait(is_applied)
+            return entry
+
+        async def recall_then_apply(edit: BufferEdit) -> bool:
+            nonlocal recall
+            recall = asyncio.ensure_future(desk.bench._recall(desk.bench.files[desk.uri]))
+            await wait(is_read)
+            return desk.editor.apply_honestly(edit)
+
+        async def wait(event: asyncio.Event) -> None:
+            with suppress(asyncio.TimeoutError):  # the recall may have to wait for the apply
+                await asyncio.wait_for(event.wait(), 0.3)
+
+        recall: asyncio.Future[None] | None = None
+        num_reads = 0
+        desk.bench.records.get = read_and_dawdle  # type: ignore[method-assign]
+        desk.editor.on_apply = recall_then_apply
+        await desk.patch()
+        is_applied.set()
+        assert recall is not None
+        await recall
+        assert desk.buffer.text == PATCHED
+        assert not desk.bench.files[desk.uri].pending
 
     at_desk(tmp_path, story)
 
