@@ -41,7 +41,6 @@ SETTINGS: dict[str, Any] = {
     "files.simpleDialog.enable": True,
     "git.enabled": False,
     "remote.autoForwardPorts": False,
-    "security.workspace.trust.enabled": False,
     "telemetry.telemetryLevel": "off",
     "update.mode": "none",
     "workbench.enableExperiments": False,
@@ -87,6 +86,7 @@ class VSCode:
         environment: More environment for the extension host and the servers that it starts.
         settings: The user's settings, besides `SETTINGS`.
         payload: What VS Code's window is told besides, for a suite inside its extension host.
+        asks_trust: Whether it asks if the workspace is trusted; else every workspace is.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class VSCode:
         *,
         settings: Mapping[str, Any] | None = None,
         payload: Mapping[str, str] | None = None,
+        asks_trust: bool = False,
         size: tuple[int, int] = (1280, 800),
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -108,6 +109,7 @@ class VSCode:
         self._workspace = workspace
         self._environment = environment
         self._payload = payload or {}
+        self._asks_trust = asks_trust
         self._size = size
         self.set(settings or {})
         self._number = 0
@@ -126,8 +128,9 @@ class VSCode:
     def set(self, settings: Mapping[str, Any]) -> None:
         """Have these settings, besides `SETTINGS`; a VS Code that runs takes them in."""
         own = {name: value for name, value in settings.items() if name.startswith("planpatch.")}
+        trust = {"security.workspace.trust.enabled": self._asks_trust}
         others = {name: value for name, value in settings.items() if name not in own}
-        for scope, table in (("User", {**SETTINGS, **others}), ("Machine", own)):  # our own are the machine's
+        for scope, table in (("User", {**SETTINGS, **trust, **others}), ("Machine", own)):  # our own are the machine's
             file = self.folder / "user" / scope / "settings.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(table, indent=1), encoding="utf-8")
@@ -217,7 +220,8 @@ class VSCode:
         user, extensions = self.folder / "user", self.folder / "extensions"
         return [
             *(str(self._installed.node), str(self._installed.server)),
-            *("--accept-server-license-terms", "--telemetry-level", "off", "--disable-workspace-trust"),
+            *("--accept-server-license-terms", "--telemetry-level", "off"),
+            *([] if self._asks_trust else ["--disable-workspace-trust"]),
             *("--server-data-dir", str(self.folder / "server"), "--user-data-dir", str(user)),
             *("--extensions-dir", str(extensions)),
             *(["--enable-smoke-test-driver"] if "extensionTestsPath" in self._payload else []),  # it shows no messages

@@ -7,6 +7,7 @@ Not covered: the desktop application's own window and its file dialogs, Remote-S
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -53,6 +54,7 @@ def clamp(x, low, high):
         return high
     return min(x, high)
 '''
+DATA = EXTENSION.parent / "tests" / "data"
 TOAST = ".notification-toast"
 LENS = ".codelens-decoration a"
 MARK = f"{LENS} .codicon-check"
@@ -266,21 +268,37 @@ def test_a_diagnostic_of_a_linter_is_fixed_from_the_lightbulb(
 
 def a_linter(installed: Installed, folder: Path) -> Path:
     """An extension that is nothing but ruff's own language server, so that diagnostics come from elsewhere."""
-    shutil.copytree(EXTENSION.parent / "tests" / "data" / "vscode-ruff", folder)
-    modules = folder / "node_modules"
-    modules.symlink_to(EXTENSION / "node_modules")
+    shutil.copytree(DATA / "vscode-ruff", folder)
+    (folder / "node_modules").symlink_to(EXTENSION / "node_modules")
     text = (
         (folder / "extension.js").read_text(encoding="utf-8").replace("RUFF", str(Path(sys.executable).parent / "ruff"))
     )
     (folder / "extension.js").write_text(text, encoding="utf-8")
     bundle = "require('esbuild').buildSync({entryPoints: ['extension.js'], bundle: true, platform: 'node',"
     bundle += " external: ['vscode'], outfile: 'out.js'})"
-    node = str(installed.node)
-    vsce = [node, "node_modules/@vscode/vsce/vsce", "package", "--no-dependencies", "--allow-missing-repository"]
-    for command in ([node, "-e", bundle], [*vsce, "--skip-license", "--out", "linter.vsix"]):
-        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "linter.vsix"
+    run_node(installed, folder, "-e", bundle)
+    return packed(installed, folder)
+
+
+def an_interpreter_chooser(installed: Installed, folder: Path) -> Path:
+    """An extension that says, as the Python extension does, which interpreter belongs to the workspace."""
+    shutil.copytree(DATA / "vscode-interpreter", folder)
+    (folder / "node_modules").symlink_to(EXTENSION / "node_modules")
+    return packed(installed, folder)
+
+
+def packed(installed: Installed, folder: Path) -> Path:
+    """The .vsix of an extension's folder."""
+    vsce = ["node_modules/@vscode/vsce/vsce", "package", "--no-dependencies", "--allow-missing-repository"]
+    run_node(installed, folder, *vsce, "--skip-license", "--out", "packed.vsix")
+    return folder / "packed.vsix"
+
+
+def run_node(installed: Installed, folder: Path, *arguments: str) -> None:
+    """Run Node.js in a folder."""
+    command = [str(installed.node), *arguments]
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.long
@@ -363,6 +381,63 @@ def test_nothing_starts_before_a_python_file_is_open_and_a_server_that_is_killed
         code.press("Control+Alt+P")
         code.answer("return low when x is too small")
         code.wait_for(".tab", "clamp-clamp.md", 120)
+
+
+@pytest.mark.long
+def test_in_an_untrusted_workspace_nothing_starts_and_commands_say_why_until_trust_is_granted(
+    start_code: Start,
+    vsix: Path,
+    vscode_installed: Installed,
+    workspace: Path,
+    home: Path,
+    tmp_path: Path,
+    model_folder_05b: Path,
+    picture: Picture,
+) -> None:
+    (workspace / "clamp.py").write_text(CLAMP, encoding="utf-8")
+    interpreter, ran = workspace / ".venv" / "bin" / "python", tmp_path / "ran"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text(f"#!/bin/sh\necho ran >>'{ran}'\nexec '{sys.executable}' \"$@\"\n", encoding="utf-8")
+    interpreter.chmod(0o755)
+    chosen = {"planpatch.useInterpreter": True}
+    code = start_code({"PATH": os.environ["PATH"]}, settings=chosen, asks_trust=True)  # on PATH there is no planpatch
+    code.install(vsix)
+    code.install(an_interpreter_chooser(vscode_installed, tmp_path / "chooser"))
+    held = {path: path.read_bytes() for path in workspace.rglob("*") if path.is_file()}
+    with code:
+        code.wait_for(STATUS, "Restricted Mode")
+        code.open("clamp.py")
+        wait_until(lambda: "activated in" in code.log_of("PlanPatch"), "the extension is not active")
+        code.go_to(5)
+        for ask in (
+            lambda: code.press("Control+Alt+P"),
+            lambda: code.run("PlanPatch: Make a Patch"),
+            lambda: code.run("PlanPatch: Roll Back the Last Patch of This File"),
+            lambda: code.run("PlanPatch: Restart Server"),
+        ):
+            ask()
+            assert "until you trust it, nothing is planned" in code.wait_for(TOAST, "not trusted")
+            assert not code.sees(".quick-input-widget")
+            picture(code, "untrusted")
+            code.run("Notifications: Clear All Notifications")
+            code.wait_until_gone(TOAST)
+        code.run("PlanPatch: Show Status")
+        code.wait_for(".welcome-view-content", "not trusted")
+        picture(code, "untrusted-views")
+        assert servers(code) == [] and not ran.exists()
+        assert {path: path.read_bytes() for path in workspace.rglob("*") if path.is_file()} == held
+        assert not (home / "ledger.sqlite3").exists()
+
+        code.click(".welcome-view-content .monaco-button", "Manage Workspace Trust")
+        code.click(".workspace-trust-editor .monaco-button", "Trust")
+        wait_until(lambda: f"from {interpreter} (interpreter)" in code.log_of("PlanPatch"), "no server was started")
+        assert ran.exists() and len(servers(code)) == 1
+        code.open("clamp.py")
+        code.go_to(5)
+        code.press("Control+Alt+P")
+        code.answer("return low when x is too small")
+        code.wait_for(".tab", "clamp-clamp.md", LONG_S)
+        code.wait_for(LENS, "Patch from this plan", LONG_S)
 
 
 @pytest.mark.long

@@ -19,6 +19,9 @@ import { SCHEME, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
+/** What neither starts a server nor writes anything. */
+const NEED_NO_TRUST = new Set(["showStatus", "showLog", "doctor", "walkthrough"]);
+
 export interface Parts {
   connection: Connection;
   texts: Texts;
@@ -87,7 +90,13 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
       vscode.commands.executeCommand("workbench.action.openWalkthrough", "planpatch.planpatch#start", false),
   };
   for (const [name, work] of Object.entries(commands)) {
-    const run = (...args: unknown[]): Promise<unknown> => shown(() => work(...args));
+    const run = (...args: unknown[]): Promise<unknown> =>
+      shown(() => {
+        if (!NEED_NO_TRUST.has(name)) {
+          connection.checkTrust(); // first of all: nobody types an intent in vain
+        }
+        return work(...args);
+      });
     context.subscriptions.push(vscode.commands.registerCommand(`planpatch.ui.${name}`, run));
   }
 

@@ -109,11 +109,17 @@ export class Connection implements vscode.Disposable {
     await this.restarts.request();
   }
 
-  /** The running client; starts it if need be. Throws `Told` errors: the user knows already. */
-  private async running(): Promise<LanguageClient> {
+  /** Where the workspace is not trusted: say so, and what to do, each time that it is asked for, and throw `AlreadyTold`. */
+  checkTrust(): void {
     if (!vscode.workspace.isTrusted) {
-      throw this.fail("untrusted", "");
+      tellFailure({ kind: "untrusted", detail: "" });
+      throw new AlreadyTold();
     }
+  }
+
+  /** The running client; starts it if need be. Throws `AlreadyTold` errors: the user knows already. */
+  private async running(): Promise<LanguageClient> {
+    this.checkTrust();
     if (this.restarts.isBusy || this.client === null) {
       this.told.isNew(null);
       await (this.restarts.underWay ?? this.restarts.request()); // a server that is starting will do

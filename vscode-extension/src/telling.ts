@@ -23,7 +23,7 @@ export function tellFailure(failure: Failure): void {
 export function failureText(kind: FailureKind): string {
   switch (kind) {
     case "untrusted":
-      return vscode.l10n.t("This workspace is not trusted: nothing is planned, patched or written here.");
+      return vscode.l10n.t("This workspace is not trusted: until you trust it, nothing is planned, patched or written here.");
     case "notInstalled":
       return vscode.l10n.t("The server is not installed. It can be installed into an environment of its own.");
     case "badPath":
