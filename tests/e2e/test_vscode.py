@@ -134,14 +134,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
     code = start_code(settings={"breadcrumbs.enabled": False})
     with code:
         code.wait_for_extensions()
-        code.run("Extensions: Install from VSIX")
-        code.wait_for(
-            ".quick-input-list .monaco-list-row", ".."
-        )  # until its folder is listed it overwrites what is typed
-        code.fill(str(vsix))
-        code.wait_for(".quick-input-list .monaco-list-row", vsix.name)
-        code.press("Enter")
-        code.wait_for(TOAST, "Completed installing")
+        install_in_window(code, vsix)
         assert servers(code) == []
         code.open("stats.py")
         code.run("Notifications: Clear All Notifications")
@@ -198,6 +191,17 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
         wait_until(lambda: ledger(workspace)[0]["state"] == "rolled_back", "the roll-back is not recorded")
     assert [entry["state"] for entry in ledger(workspace)] == ["rolled_back"]
     film(tmp_path if not PICTURES else Path(PICTURES))
+
+
+def install_in_window(code: VSCode, vsix: Path) -> None:
+    """Install an extension as a user does, from its file."""
+    row = ".quick-input-list .monaco-list-row"
+    code.run("Extensions: Install from VSIX")
+    code.wait_for(row, "..")  # until its folder is listed it overwrites what is typed
+    code.fill(str(vsix))
+    code.wait_for(row, vsix.name)
+    code.press("Enter")
+    code.wait_for(TOAST, "Completed installing")
 
 
 def write_plan(code: VSCode, tmp_path: Path, *steps: str) -> None:
@@ -280,9 +284,9 @@ def a_linter(installed: Installed, folder: Path) -> Path:
     return packed(installed, folder)
 
 
-def an_interpreter_chooser(installed: Installed, folder: Path) -> Path:
-    """An extension that says, as the Python extension does, which interpreter belongs to the workspace."""
-    shutil.copytree(DATA / "vscode-interpreter", folder)
+def an_extension(installed: Installed, name: str, folder: Path) -> Path:
+    """An extension of the tests' own, from `tests/data`."""
+    shutil.copytree(DATA / name, folder)
     (folder / "node_modules").symlink_to(EXTENSION / "node_modules")
     return packed(installed, folder)
 
@@ -356,6 +360,34 @@ def test_the_views_show_model_and_ledger_and_roll_back(code: VSCode, workspace: 
     assert entry["state"] == "rolled_back"
 
 
+@pytest.mark.long
+def test_a_user_who_reads_korean_is_spoken_to_in_korean(
+    code: VSCode, vscode_installed: Installed, workspace: Path, tmp_path: Path, picture: Picture
+) -> None:
+    (workspace / "clamp.py").write_text(CLAMP, encoding="utf-8")
+    language_pack = an_extension(vscode_installed, "vscode-korean", tmp_path / "korean")
+    with code:
+        code.wait_for_extensions()
+        install_in_window(code, language_pack)
+        code.run("Configure Display Language")
+        code.click(".quick-input-list .monaco-list-row", "한국어")
+        code.click(".monaco-dialog-box .monaco-button", "Restart")
+        code.wait_for(".composite.title", "탐색기")
+        code.open("clamp.py")
+        code.run("PlanPatch: 실행 중인 작업 취소")
+        code.wait_for(TOAST, "실행 중인 작업이 없습니다.")
+        picture(code, "korean")
+        code.go_to(5)
+        code.press("Control+Alt+P")
+        code.wait_for(".quick-input-widget", "변경 계획 세우기")
+        code.answer("return low when x is too small")
+        code.wait_for(LENS, "이 계획으로 패치 만들기", LONG_S)
+        code.run("PlanPatch: 상태 보기")
+        code.wait_for(".pane-header", "기록부")
+        code.wait_for(".pane-body .monaco-list-row", "모델")
+        picture(code, "korean-plan")
+
+
 # --- when something is not there -------------------------------------------------------------------------------------
 
 
@@ -402,7 +434,7 @@ def test_in_an_untrusted_workspace_nothing_starts_and_commands_say_why_until_tru
     chosen = {"planpatch.useInterpreter": True}
     code = start_code({"PATH": os.environ["PATH"]}, settings=chosen, asks_trust=True)  # on PATH there is no planpatch
     code.install(vsix)
-    code.install(an_interpreter_chooser(vscode_installed, tmp_path / "chooser"))
+    code.install(an_extension(vscode_installed, "vscode-interpreter", tmp_path / "chooser"))
     held = {path: path.read_bytes() for path in workspace.rglob("*") if path.is_file()}
     with code:
         code.wait_for(STATUS, "Restricted Mode")
