@@ -361,6 +361,52 @@ def test_the_views_show_model_and_ledger_and_roll_back(code: VSCode, workspace: 
 
 
 @pytest.mark.long
+def test_what_is_left_ticked_in_the_refactor_preview_is_applied(
+    code: VSCode, workspace: Path, tmp_path: Path, picture: Picture
+) -> None:
+    file = workspace / "stats.py"
+    file.write_text(STATS, encoding="utf-8")
+    with code:
+        code.open("stats.py")
+        code.go_to(7)
+        code.press("Control+Alt+P")
+        code.answer("use += in the first loop and return a dictionary")
+        write_plan(code, tmp_path, "Use += for total and count in the first loop.", "Return a dictionary, not a tuple.")
+        code.press("Control+Alt+Enter")
+        code.wait_for(LENS, "Accept", LONG_S)
+        code.press("Control+1")
+        assert len(code.texts(LENS, "Accept")) == 2
+        code.run("PlanPatch: Apply Patch with Refactor Preview")
+        row = ".bulk-edit-panel .monaco-list-row"
+        code.wait_for(row, "return total, count, largest")
+        wait_until(lambda: len(ticks(code)) == 3, "no boxes")  # the file's, and one for each hunk
+        code.click(f"{row}[data-index='0'] .edit-checkbox")
+        wait_until(lambda: ticks(code) == [True, True, True], "not all are ticked")
+        code.click(f"{row}[data-index='2'] .edit-checkbox")
+        wait_until(lambda: ticks(code)[1:] == [True, False], "the second hunk is still ticked")
+        picture(code, "preview")
+        assert code.editor_text() == STATS
+        code.click(".bulk-edit-panel .monaco-button", "Apply")
+        code.wait_for(TOAST, "applied to summary")
+        patched = code.wait_for_editor(lambda text: text != STATS)
+        first = STATS.replace("total = total + value", "total += value").replace("count = count + 1", "count += 1")
+        assert patched == first
+        picture(code, "preview-applied")
+        code.press("Control+S")
+        wait_until(lambda: file.read_text(encoding="utf-8") == first, "not saved")
+    (entry,) = ledger(workspace)
+    shown = planpatch("ledger", "show", entry["id"], "--json", cwd=workspace).json
+    assert (entry["state"], len(shown["edits"]), shown["hunks"]) == ("applied", 2, [0])
+
+
+def ticks(code: VSCode) -> list[bool]:
+    """Which boxes of the refactor preview are ticked, from top to bottom."""
+    rows = "[...document.querySelectorAll('.bulk-edit-panel .monaco-list-row')]"
+    placed = f"{rows}.sort((one, other) => one.dataset.index - other.dataset.index)"
+    return code.page.evaluate(f"{placed}.map((row) => row.querySelector('.edit-checkbox').matches('.checked'))")
+
+
+@pytest.mark.long
 def test_a_user_who_reads_korean_is_spoken_to_in_korean(
     code: VSCode, vscode_installed: Installed, workspace: Path, tmp_path: Path, picture: Picture
 ) -> None:
