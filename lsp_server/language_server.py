@@ -37,7 +37,7 @@ from lsp_server.applying import Turn
 from lsp_server.documents import Encoding
 from lsp_server.editor import ClientProfile, Severity
 from lsp_server.http_host import HttpHost
-from lsp_server.learning_reports import known_adapters, training_run
+from lsp_server.learning_reports import known_adapters, training_end, training_run
 from lsp_server.log_masking import mask_log
 from lsp_server.lsp_editor import LspEditor, action_request, code_action
 from lsp_server.lsp_protocol import Protocol
@@ -92,6 +92,7 @@ class PlanPatchServer(LanguageServer):
         self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
         self._training: dict[str, Any] | None = None
+        self._training_end: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
         self._showing_model = asyncio.Lock()
         self._client_process: int | None = None
@@ -196,10 +197,14 @@ class PlanPatchServer(LanguageServer):
                 log.warning("labels could not be looked at: %s", fault)
 
     async def _tell_training(self) -> None:
-        now = await asyncio.to_thread(training_run, self._session.paths.qlora_out)
-        if now != self._training:
-            self._training = now
-            self.bench.tell_status()
+        trained, before = self._session.paths.qlora_out, self._training
+        now = await asyncio.to_thread(training_run, trained)
+        if now == before:
+            return
+        if before is not None and (now is None or now["run"] != before["run"]):
+            self._training_end = await asyncio.to_thread(training_end, trained, before["run"])
+        self._training = now
+        self.bench.tell_status()
 
     async def _end_with_engine(self) -> None:
         """A failed device stays failed in this process: say so and end, so that the client starts a new one."""
@@ -281,7 +286,7 @@ class PlanPatchServer(LanguageServer):
     def _facts(self) -> dict[str, Any]:
         """What the status says of this server."""
         facts = {"version": self.version, "http": self._http.url, "httpProblem": self._http.problem}
-        return {**facts, "training": self._training}
+        return {**facts, "training": self._training, "trainingEnd": self._training_end}
 
     def _tell_of_adapter(self, message: str, is_done: bool) -> None:
         self._tell_from_thread(message, Severity.INFO if is_done else Severity.WARNING)

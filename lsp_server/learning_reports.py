@@ -44,16 +44,40 @@ def training_run(trained: Path) -> dict[str, Any] | None:
         `{run, step, numSteps, leftS}`, `leftS` None while it is not known; None if nothing is trained.
     """
     for file in sorted(trained.glob(".*.partial/progress.json")) if trained.is_dir() else ():
-        try:
-            found: object = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # it is being written, or ended just now
-        progress = cast("Mapping[str, Any]", found if isinstance(found, dict) else {})
+        progress = _progress_of(file)
         if progress.get("state") not in ("done", "failed", "stopped") and _lives(progress):
             run = re.sub(r"\A\.|\.partial\Z", "", file.parent.name)
             step, num_steps, left_s = (progress.get(name) for name in ("step", "num_steps", "left_s"))
             return {"run": run, "step": step or 0, "numSteps": num_steps or 0, "leftS": left_s}
     return None
+
+
+def training_end(trained: Path, run: str) -> dict[str, Any]:
+    """What became of a run that does not go on any more.
+
+    Args:
+        trained: Folder of adapter folders.
+        run: Its name and version.
+
+    Returns:
+        `{run, state, message}`: `done` when its adapter is there, `failed` or `stopped` with what it said last, `cut off`
+        when it said nothing, as after a kill.
+    """
+    if (trained / run / "manifest.json").is_file():
+        return {"run": run, "state": "done", "message": ""}
+    progress = _progress_of(trained / f".{run}.partial" / "progress.json")
+    if progress.get("state") in ("failed", "stopped"):
+        return {"run": run, "state": progress["state"], "message": str(progress.get("message") or "")}
+    return {"run": run, "state": "cut off", "message": ""}
+
+
+def _progress_of(file: Path) -> Mapping[str, Any]:
+    """What a run says; nothing where it is being written, or ended just now."""
+    try:
+        found: object = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("Mapping[str, Any]", found if isinstance(found, dict) else {})
 
 
 def _lives(progress: Mapping[str, Any]) -> bool:

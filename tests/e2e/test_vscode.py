@@ -20,10 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.command_line import planpatch
+from tests.command_line import planpatch, start
 from tests.e2e.conftest import EXTENSION, MODEL, Start
 from tests.editors.vscode import Installed
 from tests.steering import PICTURES
+from tests.training_model import make_base, row, write_config, write_rows
 from tests.vscode import VSCode, wait_until
 
 STATS = '''"""Numbers."""
@@ -195,11 +196,11 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
 
 def install_in_window(code: VSCode, vsix: Path) -> None:
     """Install an extension as a user does, from its file."""
-    row = ".quick-input-list .monaco-list-row"
+    line = ".quick-input-list .monaco-list-row"
     code.run("Extensions: Install from VSIX")
-    code.wait_for(row, "..")  # until its folder is listed it overwrites what is typed
+    code.wait_for(line, "..")  # until its folder is listed it overwrites what is typed
     code.fill(str(vsix))
-    code.wait_for(row, vsix.name)
+    code.wait_for(line, vsix.name)
     code.press("Enter")
     code.wait_for(TOAST, "Completed installing")
 
@@ -377,12 +378,12 @@ def test_what_is_left_ticked_in_the_refactor_preview_is_applied(
         code.press("Control+1")
         assert len(code.texts(LENS, "Accept")) == 2
         code.run("PlanPatch: Apply Patch with Refactor Preview")
-        row = ".bulk-edit-panel .monaco-list-row"
-        code.wait_for(row, "return total, count, largest")
+        line = ".bulk-edit-panel .monaco-list-row"
+        code.wait_for(line, "return total, count, largest")
         wait_until(lambda: len(ticks(code)) == 3, "no boxes")  # the file's, and one for each hunk
-        code.click(f"{row}[data-index='0'] .edit-checkbox")
+        code.click(f"{line}[data-index='0'] .edit-checkbox")
         wait_until(lambda: ticks(code) == [True, True, True], "not all are ticked")
-        code.click(f"{row}[data-index='2'] .edit-checkbox")
+        code.click(f"{line}[data-index='2'] .edit-checkbox")
         wait_until(lambda: ticks(code)[1:] == [True, False], "the second hunk is still ticked")
         picture(code, "preview")
         assert code.editor_text() == STATS
@@ -404,6 +405,34 @@ def ticks(code: VSCode) -> list[bool]:
     rows = "[...document.querySelectorAll('.bulk-edit-panel .monaco-list-row')]"
     placed = f"{rows}.sort((one, other) => one.dataset.index - other.dataset.index)"
     return code.page.evaluate(f"{placed}.map((row) => row.querySelector('.edit-checkbox').matches('.checked'))")
+
+
+@pytest.mark.long
+def test_the_status_bar_follows_a_training_run_and_says_that_it_ended(
+    code: VSCode, workspace: Path, tmp_path: Path, picture: Picture
+) -> None:
+    base = make_base(tmp_path / "tiny")
+    config = write_config(tmp_path / "config.json", num_epochs=4, checkpoint_every_steps=1000)
+    rows = write_rows(tmp_path / "train.jsonl", [row(number) for number in range(300)])
+    val = write_rows(tmp_path / "val.jsonl", [row(number) for number in range(1000, 1006)])
+    (workspace / "clamp.py").write_text(CLAMP, encoding="utf-8")
+    with code:
+        code.open("clamp.py")
+        code.wait_for(STATUS, MODEL, LONG_S)
+        code.run("PlanPatch: Show Status")
+        arguments = (str(config), "--model", str(base), "--data", str(rows), "--val", str(val), "--device", "cpu")
+        with start("train", "qlora", *arguments, cwd=tmp_path) as training:
+            first = code.wait_for(STATUS, "training tiny-v1: step", LONG_S)
+            code.wait_for(".pane-body .monaco-list-row", "training tiny-v1: step")
+            code.wait_for(".pane-body .monaco-list-row", "Training holds the model's memory")
+            picture(code, "training")
+            wait_until(lambda: code.wait_for(STATUS, "training tiny-v1: step") != first, "it does not go on")
+            said = training.communicate(timeout=LONG_S)
+            assert training.returncode == 0, said
+        code.wait_for(TOAST, "training tiny-v1 is done")
+        code.wait_for(".pane-body .monaco-list-row", "training tiny-v1 is done")
+        code.wait_for(STATUS, MODEL, LONG_S)  # its memory came back
+        picture(code, "training-done")
 
 
 @pytest.mark.long

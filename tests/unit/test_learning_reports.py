@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lsp_server.learning_reports import known_adapters, training_run
+from lsp_server.learning_reports import known_adapters, training_end, training_run
 
 
 def test_an_adapter_that_cannot_be_read_says_why_and_keeps_no_other_from_being_listed(tmp_path: Path) -> None:
@@ -55,3 +55,25 @@ def test_a_run_is_told_while_its_process_lives(
 
 def test_without_a_folder_nothing_is_trained(tmp_path: Path) -> None:
     assert training_run(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("progress", "state", "message"),
+    [
+        ({**STEP, "state": "failed", "message": "The disk is full"}, "failed", "The disk is full"),
+        ({**STEP, "state": "stopped", "message": "Cancelled"}, "stopped", "Cancelled"),
+        (STEP, "cut off", ""),
+        ([], "cut off", ""),
+    ],
+)
+def test_a_run_that_ended_says_how(progress: object, state: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / ".style-v2.partial"
+    folder.mkdir()
+    (folder / "progress.json").write_text(json.dumps(progress))
+    assert training_end(tmp_path, "style-v2") == {"run": "style-v2", "state": state, "message": message}
+
+
+def test_a_run_whose_adapter_is_there_is_done(tmp_path: Path) -> None:
+    (tmp_path / "style-v2").mkdir()
+    (tmp_path / "style-v2" / "manifest.json").write_text("{}")
+    assert training_end(tmp_path, "style-v2")["state"] == "done"

@@ -98,7 +98,8 @@ export interface LastRun {
 }
 
 export interface Status {
-  state: "off" | "loading" | "ready" | "absent" | "failed";
+  /** `released`: another process of the user's, such as training, has the model's memory for a while. */
+  state: "off" | "loading" | "ready" | "absent" | "failed" | "released";
   /** Why it failed: `held` is memory that another server holds. */
   reason?: "memory" | "held" | "";
   model: string;
@@ -117,8 +118,17 @@ export interface Status {
   http?: string;
   httpProblem?: string;
   training?: { run: string; step: number; numSteps: number; leftS: number | null } | null;
+  /** How the last run ended that went on while this server ran. */
+  trainingEnd?: TrainingEnd | null;
   presets?: Record<string, string>;
   plans?: { function: string; file: string; intent: string }[];
+}
+
+/** `cut off`: killed, and it goes on with `--resume`. */
+export interface TrainingEnd {
+  run: string;
+  state: "done" | "failed" | "stopped" | "cut off";
+  message: string;
 }
 
 export interface Place {

@@ -1,7 +1,7 @@
 // What the status bar and the status view say, from what the server says of itself.
 
 import type { ConnectionState } from "./connection";
-import type { Evaluation, Job, LastRun, Status } from "./protocol";
+import type { Evaluation, Job, LastRun, Status, TrainingEnd } from "./protocol";
 
 /** Puts words into the user's language; `vscode.l10n.t`. */
 export type Translate = (message: string, ...args: (string | number)[]) => string;
@@ -34,11 +34,12 @@ export function bar(state: ConnectionState, status: Status | null, jobs: Job[], 
   if (state === "off" || status === null) {
     return say("sparkle", "PlanPatch");
   }
+  if (status.training && (status.state === "ready" || status.state === "released")) {
+    return say("mortar-board", trainingWords(status.training, t));
+  }
   switch (status.state) {
     case "ready":
-      return status.training
-        ? say("mortar-board", trainingWords(status.training, t))
-        : say("sparkle", [status.model, ...adapterName(status.adapter)].join(" + "));
+      return say("sparkle", [status.model, ...adapterName(status.adapter)].join(" + "));
     case "off":
     case "loading":
       return say("loading~spin", status.message === "" ? t("loading the model") : status.message);
@@ -46,6 +47,8 @@ export function bar(state: ConnectionState, status: Status | null, jobs: Job[], 
       return say("cloud-download", t("no model yet"), "warning");
     case "failed":
       return say("warning", t("no model"), "warning");
+    case "released":
+      return say("mortar-board", status.message);
   }
 }
 
@@ -90,6 +93,9 @@ export function rows(status: Status, evaluation: Evaluation | null, t: Translate
     add("evaluation", "graph", t("A/B figures"), evaluationWords(evaluation, t));
   }
   add("training", "mortar-board", t("Training"), status.training ? trainingWords(status.training, t) : "");
+  if (!status.training) {
+    add("trainingEnd", "mortar-board", t("Training"), status.trainingEnd ? trainingEndWords(status.trainingEnd, t) : "");
+  }
   add("memory", "dashboard", t("Memory"), status.memoryBytes ? bytes(status.memoryBytes) : "");
   add("context", "symbol-ruler", t("Context"), status.contextLength ? t("{0} tokens", status.contextLength) : "");
   add("plan", "notebook", t("Last plan"), runWords(status.last?.plan, t));
@@ -118,6 +124,19 @@ function trainingWords(training: NonNullable<Status["training"]>, t: Translate):
   return leftS === null
     ? t("training {0}: step {1} of {2}", run, step, numSteps)
     : t("training {0}: step {1} of {2}, {3} min left", run, step, numSteps, Math.ceil(leftS / 60));
+}
+
+export function trainingEndWords({ run, state, message }: TrainingEnd, t: Translate): string {
+  switch (state) {
+    case "done":
+      return t("training {0} is done", run);
+    case "failed":
+      return t("training {0} failed: {1}", run, message);
+    case "stopped":
+      return t("training {0} was stopped", run);
+    case "cut off":
+      return t("training {0} was cut off; --resume goes on with it", run);
+  }
 }
 
 function runWords(run: LastRun | undefined, t: Translate): string {

@@ -2,8 +2,8 @@
 
 import * as vscode from "vscode";
 import type { Connection } from "./connection";
-import type { Adapters, Evaluation, Job } from "./protocol";
-import { bar, jobWords, type Row, rows } from "./statusModel";
+import type { Adapters, Evaluation, Job, TrainingEnd } from "./protocol";
+import { bar, jobWords, type Row, rows, trainingEndWords } from "./statusModel";
 
 const { t } = vscode.l10n;
 
@@ -16,6 +16,7 @@ export class StatusView implements vscode.TreeDataProvider<Node> {
   private readonly view: vscode.TreeView<Node>;
   private adapter: string | null | undefined;
   private evaluation: Evaluation | null = null;
+  private trainingEnd: TrainingEnd | null = null;
   private isDrawing = false;
 
   constructor(
@@ -73,7 +74,28 @@ export class StatusView implements vscode.TreeDataProvider<Node> {
       this.adapter = status?.adapter;
       this.connection.inBackground(this.askFigures());
     }
+    this.tellTrainingEnd(status?.trainingEnd ?? null);
     this.changed.fire();
+  }
+
+  /** It may have taken hours: whoever works on something else hears of its end, once. */
+  private tellTrainingEnd(end: TrainingEnd | null): void {
+    const isTold = end?.run === this.trainingEnd?.run && end?.state === this.trainingEnd?.state;
+    this.trainingEnd = end;
+    if (end === null || isTold) {
+      return;
+    }
+    const words = `PlanPatch: ${trainingEndWords(end, t)}`;
+    if (end.state !== "done") {
+      void vscode.window.showWarningMessage(words);
+      return;
+    }
+    const choose = t("Choose an adapter");
+    void vscode.window.showInformationMessage(words, choose).then((chosen) => {
+      if (chosen === choose) {
+        void vscode.commands.executeCommand("planpatch.ui.chooseAdapter");
+      }
+    });
   }
 
   /** The adapter is another now: ask for its figures, once. */

@@ -35,6 +35,8 @@ describe("the status bar", () => {
     ["a download", "running", { ...READY, state: "loading", message: "piece 3 of 9 (31%)" }, [], "$(loading~spin) piece 3 of 9 (31%)", "none"],
     ["training", "running", { ...READY, training: { run: "style-v4", step: 7, numSteps: 40, leftS: 95 } }, [], "$(mortar-board) training style-v4: step 7 of 40, 2 min left", "none"],
     ["training that begins", "running", { ...READY, training: { run: "style-v4", step: 0, numSteps: 0, leftS: null } }, [], "$(mortar-board) training style-v4", "none"],
+    ["training that has the model's memory", "running", { ...READY, state: "released", message: "Training holds the model's memory (process 7)", training: { run: "style-v4", step: 7, numSteps: 40, leftS: 95 } }, [], "$(mortar-board) training style-v4: step 7 of 40, 2 min left", "none"],
+    ["memory that is lent", "running", { ...READY, state: "released", message: "Training holds the model's memory (process 7)" }, [], "$(mortar-board) Training holds the model's memory (process 7)", "none"],
     ["no model", "running", { ...READY, state: "absent" }, [], "$(cloud-download) no model yet", "warning"],
     ["no memory", "running", { ...READY, state: "failed", reason: "memory" }, [], "$(warning) no model", "warning"],
     ["at work", "running", READY, [job({ stage: "plan", numTokens: 7 })], "$(loading~spin) planning: 7 tokens", "none"],
@@ -63,6 +65,18 @@ test.each<[Partial<Job>, string]>([
 describe("the status view", () => {
   const said = (status: Status): Record<string, string> =>
     Object.fromEntries(rows(status, null, t).map((row) => [row.id, row.value]));
+
+  test.each([
+    ["done", "training style-v4 is done"],
+    ["failed", "training style-v4 failed: The disk is full"],
+    ["stopped", "training style-v4 was stopped"],
+    ["cut off", "training style-v4 was cut off; --resume goes on with it"],
+  ] as const)("a training run that ended is told of: %s", (state, words) => {
+    const trainingEnd = { run: "style-v4", state, message: "The disk is full" };
+    expect(said({ ...READY, training: null, trainingEnd }).trainingEnd).toBe(words);
+    const training = { run: "style-v5", step: 1, numSteps: 40, leftS: null };
+    expect(said({ ...READY, training, trainingEnd }).trainingEnd).toBeUndefined();
+  });
 
   test("all that is known of a model that is ready", () => {
     expect(said(READY)).toEqual({
