@@ -27,7 +27,7 @@ from engine.patching.scopes import find_scope
 from engine.patching.source import Source
 from lsp_server.code_actions import short
 from lsp_server.editor import BufferEdit, Editor, EditorFault, Hunk, Severity
-from lsp_server.labels import Labels
+from lsp_server.labels import SETTLE_S, Labels
 from lsp_server.open_files import OpenFile, OpenFiles, Search
 from lsp_server.paths import make_private_folder
 from lsp_server.reading import Reader
@@ -38,7 +38,6 @@ from lsp_server.targets import hunks_argument
 Turn = Literal["rollback", "redo"]
 Outcome = Literal["applied", "not applied", "diverged"]
 
-SETTLE_S = 2.0  # how long the end waits for what is being recorded
 CHECK_S = 3.0  # how long after an edit the client's text is waited for
 TAKE_BACK, KEEP = "Take it back", "Keep it"
 _MOST_HUNKS_APART = 6  # of more hunks than this not every choice is looked for

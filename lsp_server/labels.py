@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ from lsp_server.reading import Reader
 from lsp_server.records import Records
 from lsp_server.survival import KEPT_AT_SAVE_S, KEPT_S, Watch, accept
 
+SETTLE_S = 2.0  # how long the end waits for what is being recorded
 _MOST_RECALLED = 50
 
 
@@ -44,6 +46,18 @@ class Labels:
         self._spawn = spawn
         self._tells_save_reason = tells_save_reason
         self._read = read
+        self._num_noting = 0
+        self._noted = asyncio.Event()
+
+    async def settle(self) -> None:
+        """The client goes away: wait until the ledger knows what undo and redo did to the texts."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._all_noted(), SETTLE_S)
+
+    async def _all_noted(self) -> None:
+        while self._num_noting:
+            self._noted.clear()
+            await self._noted.wait()
 
     async def recall(self, file: OpenFile) -> None:
         """What the ledger knows of a file that was opened: patches to watch and to roll back."""
@@ -90,7 +104,15 @@ class Labels:
             watch.applied_at = self._clock()
             if watch.is_undone and file.applied is not None and file.applied[0] == watch.patch_id:
                 file.applied, file.rolled_back = None, file.applied  # until the ledger is asked
-            self._spawn(self._note_turned(file, watch))
+            self._num_noting += 1
+            self._spawn(self._note_and_count(file, watch))
+
+    async def _note_and_count(self, file: OpenFile, watch: Watch) -> None:
+        try:
+            await self._note_turned(file, watch)
+        finally:
+            self._num_noting -= 1
+            self._noted.set()
 
     async def _note_turned(self, file: OpenFile, watch: Watch) -> None:
         """Tell the ledger where the patch is now; of several turns in a row the last one counts."""

@@ -150,7 +150,8 @@ class Workbench:
         self._said: set[tuple[str, str]] = set()
 
     async def close(self) -> None:
-        """End every job and close the ledger; of an edit that a document shows already, the ledger is told first."""
+        """End every job and close the ledger; of what a document shows already, the ledger is told first."""
+        await self.labels.settle()
         await self.applier.settle()
         await self.jobs.close()
         tasks = list(self._tasks)

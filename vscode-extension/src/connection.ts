@@ -18,6 +18,7 @@ import { tellFailure } from "./telling";
 const SETTLE_MS = 300;
 const STDERR_KEPT = 8000;
 const START_MS = 60_000;
+const END_MS = 2500; // it records what it did to the texts before it ends; on Windows a kill would cut that short
 const START_JOBS = new Set(["planpatch.plan", "planpatch.patch"]);
 
 export type ConnectionState = "off" | "starting" | "running" | "failed";
@@ -313,7 +314,7 @@ export class Connection implements vscode.Disposable {
         await client.stop(2000).catch(() => undefined); // it is killed below
       }
       await client?.dispose(2000).catch(() => undefined);
-      if (child !== null && child.exitCode === null) {
+      if (child !== null && !(await hasEnded(child, END_MS))) {
         child.kill();
       }
     } finally {
@@ -458,6 +459,20 @@ function ended(child: ChildProcess): Promise<void> {
   return new Promise((resolve, reject) => {
     child.once("error", reject);
     child.once("close", () => resolve());
+  });
+}
+
+/** Whether a process that was asked to end does so in time. */
+function hasEnded(child: ChildProcess, ms: number): Promise<boolean> {
+  if (child.exitCode !== null || child.signalCode !== null) {
+    return Promise.resolve(true);
+  }
+  return new Promise((resolve) => {
+    const timer = setTimeout(() => resolve(false), ms);
+    child.once("exit", () => {
+      clearTimeout(timer);
+      resolve(true);
+    });
   });
 }
 
