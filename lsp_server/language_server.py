@@ -47,7 +47,7 @@ from lsp_server.settings import SettingProblem, Settings, load_settings
 from lsp_server.targets import text_argument
 from lsp_server.transport import Writer, read_messages, take_stdio
 from lsp_server.uris import path_of
-from lsp_server.workbench import Workbench, said
+from lsp_server.workbench import PULL_ID, Workbench, said
 
 COMMANDS = (
     *("planpatch.plan", "planpatch.patch", "planpatch.apply", "planpatch.reject", "planpatch.rollback"),
@@ -90,7 +90,7 @@ class PlanPatchServer(LanguageServer):
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
         self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
-        self._host_progress = ""
+        self._host_progress, self._is_pull_shown = "", False
         self._training: dict[str, Any] | None = None
         self._training_end: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
@@ -396,7 +396,7 @@ class PlanPatchServer(LanguageServer):
             await self._leave_mark(status.model)
         elif self.editor.profile.presents:
             return
-        elif status.state == "absent":
+        elif status.state == "absent" and status.reason != "cancelled":
             pull = "Pull it"
             question = f"PlanPatch: {status.message}. Pull it now? It stays on this machine."
             if await self.editor.ask(question, [pull, "Not now"]) == pull:
@@ -413,17 +413,30 @@ class PlanPatchServer(LanguageServer):
         await asyncio.to_thread(self._mark.write, self.editor.profile.name, workspace, model)
 
     async def _show_progress(self, status: HostStatus) -> None:
+        """A download is progress of its own: it can be cancelled, and loading what is here cannot."""
         message = f"{status.model}: {status.message}" if status.model else status.message
-        if status.state != "loading":
-            if self._host_progress:
-                self.editor.end_progress(self._host_progress, message or "ready")
+        if self._host_progress and (status.state != "loading" or status.is_pull != self._is_pull_shown):
+            self.editor.end_progress(self._host_progress, message or "ready")
             self._host_progress = ""
-        elif self._host_progress:
+        if self._host_progress:
             self.editor.report_progress(self._host_progress, message)
-        elif self._host.status.state == "loading":
+        elif status.state == self._host.status.state == "loading":
             token = f"planpatch/model-{next(self._numbers)}"
-            if await self.editor.begin_progress(token, "PlanPatch: loading the model", message, can_cancel=False):
-                self._host_progress = token
+            title = "PlanPatch: downloading the model" if status.is_pull else "PlanPatch: loading the model"
+            if await self.editor.begin_progress(token, title, message, can_cancel=status.is_pull):
+                self._host_progress, self._is_pull_shown = token, status.is_pull
+
+    def cancel_progress(self, token: str) -> None:
+        """End what the client shows under a token of ours, if it can be ended.
+
+        Args:
+            token: The progress's.
+        """
+        job = self.bench.jobs.get(token.removeprefix("planpatch/"))
+        if job is not None:
+            self.bench.jobs.cancel(job)
+        elif token == self._host_progress:
+            self._host.cancel_pull()
 
     def _adapter_folder(self) -> Path | None:
         """The adapter of the model that is loaded, or would be."""
@@ -470,7 +483,7 @@ class PlanPatchServer(LanguageServer):
             "planpatch.reject": lambda argument: self.bench.reject(_patch_id(argument), _reason(argument)),
             "planpatch.rollback": lambda argument: self._turn("rollback", argument),
             "planpatch.redo": lambda argument: self._turn("redo", argument),
-            "planpatch.cancel": lambda argument: self.bench.cancel(text_argument(argument, "jobId")),
+            "planpatch.cancel": self._cancel,
             "planpatch.status": lambda argument: self._status(argument),
             "planpatch.feedback": self._feedback,
             "planpatch.model": self._model,
@@ -499,6 +512,13 @@ class PlanPatchServer(LanguageServer):
             raise UsageError("The argument has neither `patchId` nor `uri`")
         work = partial(self.bench.applier.turn, turn, patch_id, path_of(uri) if uri else None)
         return self._answer(self.bench.run_as_job(turn, f"{turn} {patch_id or uri}", work))
+
+    def _cancel(self, argument: Mapping[str, Any]) -> dict[str, Any]:
+        """A job, or the download of a model, which goes by the id `pull`; without an id what began first."""
+        job_id = text_argument(argument, "jobId")
+        if job_id == PULL_ID or (job_id is None and not self.bench.jobs.running()):
+            return {"cancelled": [PULL_ID] if self._host.cancel_pull() else []}
+        return self.bench.cancel(job_id)
 
     async def _status(self, argument: Mapping[str, Any]) -> dict[str, Any]:
         if (job_id := text_argument(argument, "jobId")) is not None:

@@ -60,8 +60,8 @@ def training_end(trained: Path, run: str) -> dict[str, Any]:
         run: Its name and version.
 
     Returns:
-        `{run, state, message}`: `done` when its adapter is there, `failed` or `stopped` with what it said last, `cut off`
-        when it said nothing, as after a kill.
+        `{run, state, message}`: `done` when its adapter is there, `failed` or `stopped` with what it said last,
+        `cut off` when it said nothing, as after a kill.
     """
     if (trained / run / "manifest.json").is_file():
         return {"run": run, "state": "done", "message": ""}

@@ -118,10 +118,8 @@ class Protocol(LanguageServerProtocol):
 
     @lsp_method(types.WINDOW_WORK_DONE_PROGRESS_CANCEL)
     def lsp_work_done_progress_cancel(self, params: types.WorkDoneProgressCancelParams) -> None:
-        """Cancel the job whose progress it is."""
-        job = self._server.bench.jobs.get(str(params.token).removeprefix("planpatch/"))
-        if job is not None:
-            self._server.bench.jobs.cancel(job)
+        """Cancel the job, or the download, whose progress it is."""
+        self._server.cancel_progress(str(params.token))
 
     @lsp_method(types.EXIT)
     def lsp_exit(self, *_: object) -> None:

@@ -31,6 +31,7 @@ HostState = Literal["off", "loading", "ready", "absent", "failed", "released"]
 
 _DRAIN_S = 30.0  # what is generated when the model is asked for may end
 _LOAD_END_S = 120.0
+_PULL_END_S = 2.0  # its child process is killed
 _WATCH_S = 1.0
 
 
@@ -44,14 +45,17 @@ class HostStatus:
         model: Its name, once known.
         message: Progress, or what went wrong.
         hint: What to do about that.
-        reason: Why it failed, where a client has an answer to it: `memory`, or `held` if another server holds that.
+        reason: Why it failed, where a client has an answer to it: `memory`, or `held` if another server holds that;
+            why it is absent: `cancelled` if the user ended the pull.
+        is_pull: It is being fetched, and `cancel_pull` ends that.
     """
 
     state: HostState = "off"
     model: str = ""
     message: str = ""
     hint: str = ""
-    reason: Literal["", "memory", "held"] = ""
+    reason: Literal["", "memory", "held", "cancelled"] = ""
+    is_pull: bool = False
 
 
 class ModelHost:
@@ -71,6 +75,7 @@ class ModelHost:
         self._session: Session | None = None
         self._loading: threading.Thread | None = None
         self._holder: dict[str, Any] | None = None
+        self._is_pull_wanted = False
 
     @property
     def status(self) -> HostStatus:
@@ -88,25 +93,40 @@ class ModelHost:
         return self._local if self._status.state in ("loading", "ready") else None
 
     def start(self, session: Session, *, pull: bool = False) -> None:
-        """Load the model that the settings name, instead of what is loaded now.
+        """Load the model that the settings name, instead of what is loaded or fetched now.
 
         Args:
             session: Settings and store.
             pull: Fetch it if it is not here.
         """
         with self._changed:
-            self._session = session
+            self._session, self._is_pull_wanted = session, pull
             if self._holder is not None:
                 return  # loaded when the memory comes back
             self._generation += 1
             generation = self._generation
             old, self._engine, self._local = self._engine, None, None
-        self._tell(generation, HostStatus("loading", message="looking for the model"))
+        self._tell(generation, HostStatus("loading", message="looking for the model", is_pull=pull))
         work = threading.Thread(
             target=self._load, args=(generation, session, old, pull), name="planpatch-load", daemon=True
         )
         self._loading = work
         work.start()
+
+    def cancel_pull(self) -> bool:
+        """End the pull that goes on. Pieces and files that arrived whole are kept for the next one.
+
+        Returns:
+            Whether one went on.
+        """
+        with self._changed:
+            if not self._status.is_pull:
+                return False
+            self._generation += 1
+            generation, name = self._generation, self._status.model
+        message = f"The download of {name or 'the model'} was cancelled; what arrived whole is kept"
+        self._tell(generation, HostStatus("absent", name, message, "Pull it again for the rest.", "cancelled"))
+        return True
 
     def release(self, holder: Mapping[str, Any], purpose: str) -> bool:
         """Give the memory of the model to another process, until `resume` or until that process has ended.
@@ -156,7 +176,7 @@ class ModelHost:
             if session is None:
                 self._status = HostStatus()
         if session is not None:
-            self.start(session)
+            self.start(session, pull=self._is_pull_wanted)
         return True
 
     def _watch(self, holder: dict[str, Any]) -> None:
@@ -199,8 +219,11 @@ class ModelHost:
             self._generation += 1
             self._session = self._holder = None
             engine, self._engine = self._engine, None
+            pulling = self._loading if self._status.is_pull else None
             self._status = HostStatus("failed", message="The server is closing")
             self._changed.notify_all()
+        if pulling is not None:
+            pulling.join(_PULL_END_S)
         if engine is not None:
             engine.close()
 
@@ -209,9 +232,11 @@ class ModelHost:
             if old is not None:
                 old.close()  # its memory is needed
             ref = session.model_ref()
-            told = HostStatus("loading", ref.name)
+            told = HostStatus("loading", ref.name, is_pull=pull)
 
             def progress(step: Progress) -> None:
+                if generation != self._generation:
+                    raise CancelledError("The model is not wanted any more")  # ends a pull at once
                 percent = f" ({100 * step.done // step.total}%)" if step.total else ""
                 self._tell(generation, replace(told, message=f"{step.message}{percent}"))
 
@@ -242,7 +267,7 @@ class ModelHost:
     def _found(self, generation: int, local: LocalModel) -> None:
         with self._changed:
             if generation == self._generation:
-                self._local = local
+                self._local, self._is_pull_wanted = local, False
         self._tell(generation, HostStatus("loading", local.name, "loading the weights"))
 
     def _tell(self, generation: int, status: HostStatus) -> None:
@@ -250,6 +275,8 @@ class ModelHost:
             if generation != self._generation:
                 return
             self._status = status
+            if status.state in ("ready", "absent", "failed"):
+                self._is_pull_wanted = False
             self._changed.notify_all()
         self._on_change(status)
 

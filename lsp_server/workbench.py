@@ -57,6 +57,7 @@ log = logging.getLogger("planpatch.lsp")
 T = TypeVar("T")
 Listen = Callable[[str, str], None]
 
+PULL_ID = "pull"  # the download of a model, where a job is named: there is one at most
 FROM_DOCUMENT = "document"  # as planId: what the plan document says now
 APPLY, SHOW_DIFF, REJECT = "Apply", "Show diff", "Reject"
 _MOST_QUESTIONS = 5  # a client that answers "Show diff" by itself is not asked for ever
@@ -221,10 +222,13 @@ class Workbench:
     def action_state(self, file: OpenFile, line: int) -> ActionState:
         """What the menu at a line (0-based) of a document depends on; neither file nor ledger is read."""
         plans = {name: self._plan_document(file.path, name) for name in {"", function_at(file.document, line)}}
+        jobs = {job.id: job.title for job in self.jobs.running() if job.kind in ("plan", "patch")}
+        if self.model.status.is_pull:
+            jobs[PULL_ID] = f"download of {self.model.status.model or 'the model'}"
         return ActionState(
             presets=self.settings_of(file.path).presets,
             is_loading=self.model.status.state in ("off", "loading"),
-            jobs={job.id: job.title for job in self.jobs.running() if job.kind in ("plan", "patch")},
+            jobs=jobs,
             pending=[pending.offer for pending in file.offered()],
             refused=file.refusals(),
             applied=file.applied,
@@ -598,7 +602,7 @@ class Workbench:
         """What the server is doing, for programs."""
         host, engine = self.model.status, self.model.engine_or_none
         facts: dict[str, Any] = {"state": host.state, "model": host.model, "message": host.message, "hint": host.hint}
-        facts |= {"reason": host.reason, **self._server_facts()}
+        facts |= {"reason": host.reason, "isPulling": host.is_pull, **self._server_facts()}
         if engine is not None:
             now = engine.status()
             facts |= {

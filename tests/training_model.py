@@ -23,7 +23,7 @@ SMALL = {
 }
 
 
-def make_base(folder: Path, family: str = "qwen2") -> Path:
+def make_base(folder: Path, family: str = "qwen2", hidden_size: int = 64, shards: str = "5GB") -> Path:
     """A model folder that transformers, the trainer and the engine can load."""
     import torch
     import transformers
@@ -32,8 +32,8 @@ def make_base(folder: Path, family: str = "qwen2") -> Path:
     kind: Any = getattr(transformers, f"{names[family]}Config")
     config = kind(
         vocab_size=288,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -43,7 +43,7 @@ def make_base(folder: Path, family: str = "qwen2") -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    getattr(transformers, f"{names[family]}ForCausalLM")(config).save_pretrained(folder)
+    getattr(transformers, f"{names[family]}ForCausalLM")(config).save_pretrained(folder, max_shard_size=shards)
     (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str(), encoding="utf-8")
     facts = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -318,14 +318,24 @@ class VSCode:
         self.page.type_keys(text)
 
     def click(self, selector: str, text: str = "", *, button: str = "left") -> None:
-        """Wait for the first such element and click in its middle."""
+        """Wait for the first such element, and until it has come to rest, and click in its middle."""
         self.wait_for(selector, text)
         found = f"({_FIND})({json.dumps(selector)}, {json.dumps(text)})[0]"
-        box = self.page.evaluate(
-            f"(() => {{ const node = {found}; if (!node) return null; node.scrollIntoViewIfNeeded();"
-            " const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
-        )
-        assert box, f"{selector} {text!r} went away"
+
+        def middle() -> list[float] | None:
+            return self.page.evaluate(
+                f"(() => {{ const node = {found}; if (!node) return null; node.scrollIntoViewIfNeeded();"
+                " const box = node.getBoundingClientRect();"
+                " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+            )
+
+        def at_rest() -> list[float] | None:
+            before = middle()
+            time.sleep(0.1)  # messages slide in
+            return before if before == middle() else None
+
+        box = wait_until(at_rest, f"{selector} {text!r} went away")
+        assert box
         self.page.command("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": box[0], "y": box[1]})
         for kind in ("mousePressed", "mouseReleased"):
             facts = {"type": kind, "x": box[0], "y": box[1], "button": button, "clickCount": 1}

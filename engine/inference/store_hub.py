@@ -98,7 +98,7 @@ def fetch_from_hub(
     digests: DigestCache,
     free_bytes: Callable[[Path], int],
 ) -> HubSnapshot:
-    """Fetch a model from the hub; an earlier fetch that was cut off goes on.
+    """Fetch a model from the hub; after an earlier fetch that was cut off, the files that it lacks.
 
     Args:
         ref: A model with a hub id.
@@ -121,6 +121,7 @@ def fetch_from_hub(
     files = _wanted_files(ref.hub_id, info)
     total = sum(file.bytes for file in files)
     target = folder / "hub"
+    _delete_leftovers(target)
     check_disk(folder, total - folder_bytes(target), free_bytes, ref.hub_id)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,12 @@ def fetch_from_hub(
             )
     delete_folder(target / ".cache")
     return HubSnapshot(target, info.sha, _licence(info))
+
+
+def _delete_leftovers(target: Path) -> None:
+    """What a fetch that was killed left of single files: the hub's library goes on with none of it."""
+    for leftover in target.glob(".cache/huggingface/download/*.incomplete"):
+        leftover.unlink(missing_ok=True)
 
 
 def wanted_names(names: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ import pytest
 from tests.command_line import planpatch, start
 from tests.e2e.conftest import EXTENSION, MODEL, Start
 from tests.editors.vscode import Installed
+from tests.hub_server import Hub, environment_of, serve
 from tests.steering import PICTURES
 from tests.training_model import make_base, row, write_config, write_rows
 from tests.vscode import VSCode, wait_until
@@ -574,6 +575,50 @@ def test_a_model_that_is_not_there_is_told_and_one_click_gets_it(
         code.press("Control+Alt+P")
         code.answer("return low when x is too small")
         code.wait_for(".tab", "clamp-clamp.md", 120)
+
+
+@pytest.mark.long
+def test_a_download_is_cancelled_and_the_rest_comes_later(
+    start_code: Start, vsix: Path, workspace: Path, home: Path, tmp_path: Path, picture: Picture
+) -> None:
+    (home / "models").unlink()
+    (workspace / "clamp.py").write_text(CLAMP, encoding="utf-8")
+    base = make_base(tmp_path / "base", hidden_size=1024, shards="30MB")
+    files = {file.name: file.read_bytes() for file in base.iterdir()}
+    first, second = sorted(name for name in files if name.endswith(".safetensors"))
+    with serve(Hub({"org/tiny": files}, pause_s=1.0, slow=second)) as hub:
+        own = {"PLANPATCH_MODEL": "org/tiny", "PLANPATCH_HTTP": "false"}  # a message about a port moves the buttons
+        code = start_code({**own, **environment_of(hub, tmp_path / "cache")})
+        code.install(vsix)
+        with code:
+            code.open("clamp.py")
+            code.wait_for(TOAST, "not on this machine")
+            code.click(f"{TOAST} .monaco-button", "Download Model")
+            code.run("PlanPatch: Show Status")
+            code.wait_for(STATUS, "Fetching org/tiny from the hub (")
+            code.wait_for(".pane-body .monaco-list-row", "Fetching org/tiny from the hub (")
+            partial = home / "models" / ".org--tiny.partial" / "hub" / first
+            wait_until(lambda: partial.is_file() and hub.sent_bytes > 0, "it does not arrive")
+            picture(code, "download")
+            code.run("PlanPatch: Cancel a Running Job")
+            code.wait_for(STATUS, "no model yet")
+            code.wait_for(".pane-body .monaco-list-row", "what arrived whole is kept")
+            wait_until(lambda: not workers(code), "the download goes on", 10)
+            assert not code.sees(TOAST, "not on this machine")
+            picture(code, "download-cancelled")
+
+            hub.pause_s = 0.0
+            code.run("PlanPatch: Download a Model")
+            code.click(".quick-input-list .monaco-list-row", "org--tiny")
+            wait_until(lambda: (home / "models" / "org--tiny" / second).is_file(), "no model came")
+            code.wait_for(STATUS, "org--tiny")
+            assert sorted(hub.sent) == [first, second, second]
+
+
+def workers(code: VSCode) -> list[psutil.Process]:
+    """The processes that fetch a model."""
+    children = psutil.Process(code.process_id).children(recursive=True)
+    return [child for child in children if "store_worker.py" in " ".join(_command_line(child))]
 
 
 def a_hub_cache(folder: Path, model: Path) -> Path:

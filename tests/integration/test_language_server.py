@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine.errors import LedgerError
 from lsp_server import language_server
+from tests.hub_server import Hub, environment_of, serve
 from tests.lsp_client import CAPABILITIES, LspClient, LspError, edited
+from tests.training_model import make_base
 
 SERVER = Path(__file__).resolve().parent.parent / "scripted_server.py"
 TEXT = "# 🙂\nimport os\n\n\ndef add(a, b):\n    return a - b\n\n\nclass Box:\n    def area(self):\n        return 0\n"
@@ -652,6 +655,74 @@ def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp
         client.wait_for(lambda: [told for told in client.seen("planpatch/status") if told["state"] == "absent"])
         client.command("planpatch.status")
         assert client.seen("window/showMessageRequest") == []
+
+
+def test_a_download_that_is_cancelled_ends_at_once_and_the_next_one_fetches_the_rest(
+    tmp_path: Path, workspace: Path
+) -> None:
+    base = make_base(tmp_path / "base", hidden_size=1024, shards="30MB")
+    files = {file.name: file.read_bytes() for file in base.iterdir()}
+    first, second = sorted(name for name in files if name.endswith(".safetensors"))
+    with serve(Hub({"org/tiny": files}, pause_s=0.2, slow=second)) as hub:
+        env = environment_of(hub, tmp_path / "cache")
+        with LspClient(tmp_path / "home", "--model", "org/tiny", "--device", "cpu", env=env) as client:
+            uri = opened(client, workspace, options=PRESENTING)
+            client.wait_for(lambda: client.command("planpatch.status")["state"] == "absent")
+            client.command("planpatch.pull")
+            partial = tmp_path / "home" / "models" / ".org--tiny.partial" / "hub"
+            client.wait_for(lambda: (partial / first).is_file() and hub.sent_bytes > 0, 60)
+            before = client.command("planpatch.status")
+            assert (before["state"], before["isPulling"]) == ("loading", True)
+            assert "Fetching org/tiny from the hub (" in before["message"]
+            (worker,) = [one for one in _children(client) if "store_worker.py" in " ".join(one.cmdline())]
+            (cancel,) = [title for title in client.titles(uri, 5) if "cancel" in title]
+            assert cancel == "PlanPatch: cancel download of org--tiny"
+
+            assert client.command("planpatch.cancel", {"jobId": "pull"}) == {"cancelled": ["pull"]}
+            worker.wait(10)
+            after = client.command("planpatch.status")
+            assert (after["state"], after["reason"], after["isPulling"]) == ("absent", "cancelled", False)
+            assert after["message"] == "The download of org--tiny was cancelled; what arrived whole is kept"
+            assert client.command("planpatch.cancel", {"jobId": "pull"}) == {"cancelled": []}
+            (info,) = [one for one in client.command("planpatch.model")["models"] if one["name"] == "org--tiny"]
+            assert info["state"] == "partial" and info["bytes"] >= len(files[first])
+
+            hub.pause_s = 0.0
+            client.command("planpatch.pull")
+            client.wait_for(lambda: client.command("planpatch.status")["state"] == "ready", 60)
+            assert sorted(hub.sent) == [first, second, second]
+            assert client.stop() == 0
+
+
+def _children(client: LspClient) -> list[psutil.Process]:
+    return psutil.Process(client.process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("how", ["progress", "another model", "the end"])
+def test_a_download_ends_with_its_progress_with_another_model_and_with_the_server(
+    tmp_path: Path, workspace: Path, how: str
+) -> None:
+    base = make_base(tmp_path / "base", hidden_size=1024)
+    files = {file.name: file.read_bytes() for file in base.iterdir()}
+    with serve(Hub({"org/tiny": files}, pause_s=0.2)) as hub:
+        env = environment_of(hub, tmp_path / "cache")
+        with LspClient(tmp_path / "home", "--model", "org/tiny", "--device", "cpu", env=env) as client:
+            opened(client, workspace, options=PRESENTING)
+            client.wait_for(lambda: client.command("planpatch.status")["state"] == "absent")
+            client.command("planpatch.pull")
+            client.wait_for(lambda: hub.sent_bytes > 0, 60)
+            (worker,) = [one for one in _children(client) if "store_worker.py" in " ".join(one.cmdline())]
+            shown = [one for one in client.seen("$/progress") if one["value"].get("cancellable")]
+            assert [one["value"]["title"] for one in shown] == ["PlanPatch: downloading the model"]
+            if how == "progress":
+                client.notify("window/workDoneProgress/cancel", {"token": shown[0]["token"]})
+                client.wait_for(lambda: client.command("planpatch.status")["reason"] == "cancelled")
+            elif how == "another model":
+                client.command("planpatch.model", {"name": "qwen2.5-coder-0.5b-instruct"})
+                client.wait_for(lambda: client.command("planpatch.status")["state"] == "absent")
+            else:
+                assert client.stop() == 0
+            worker.wait(10)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import { ServerGone } from "./jobs";
 import { type LedgerView, type Node } from "./ledgerView";
 import { NO_FILTER } from "./ledgerModel";
 import { type PlanView, scopeArgument } from "./planView";
-import type { Adapters, Argument, Entry, Job, ModelInfo, Models } from "./protocol";
+import { type Adapters, type Argument, type Entry, type Job, type ModelInfo, type Models, PULL_ID } from "./protocol";
 import { openDiff, type Reviews } from "./review";
-import { bytes, evaluationWords } from "./statusModel";
+import { bytes, cancellable, evaluationWords, type Row } from "./statusModel";
 import type { StatusView } from "./statusView";
 import { said, serverError, tellFailure } from "./telling";
 import { SCHEME, type Texts } from "./texts";
@@ -248,16 +248,21 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   // --- the server -----------------------------------------------------------------------------------------------------------
 
   async function cancel(node: unknown): Promise<void> {
-    const jobs = connection.jobs.running();
-    const named = (node as { job?: Job } | undefined)?.job;
-    const items = jobs.map((job) => ({ label: job.title, description: job.function, job }));
-    const title = t("Cancel which job?");
-    const chosen = named ?? (jobs.length < 2 ? jobs[0] : (await vscode.window.showQuickPick(items, { title }))?.job);
-    if (chosen !== undefined) {
-      await connection.command("planpatch.cancel", { jobId: chosen.jobId });
-    } else if (jobs.length === 0) {
+    const named = node as { job?: Job; row?: Row } | undefined;
+    const known = cancellable(connection.jobs.running(), connection.status, t);
+    if (known.length === 0) {
       throw new UserError(t("Nothing is running."));
     }
+    const jobId = named?.job?.jobId ?? (named?.row === undefined ? await pickJob(known) : PULL_ID);
+    if (jobId !== undefined) {
+      await connection.command("planpatch.cancel", { jobId });
+    }
+  }
+
+  async function pickJob(known: ReturnType<typeof cancellable>): Promise<string | undefined> {
+    const items = known.map((job) => ({ label: job.title, description: job.function, id: job.jobId }));
+    const chosen = items.length < 2 ? items[0] : await vscode.window.showQuickPick(items, { title: t("Cancel which job?") });
+    return chosen?.id;
   }
 
   async function chooseModel(): Promise<void> {

@@ -7,6 +7,9 @@ export const CLIENT_OPTIONS = { notifications: true, presents: true } as const;
 /** The oldest server that has everything the extension asks for, and the first version that may differ. */
 export const SERVER_VERSIONS = { atLeast: "0.1.0", below: "0.2.0" } as const;
 
+/** The download of a model, for `planpatch.cancel`: there is one at most. */
+export const PULL_ID = "pull";
+
 export type JobKind = "plan" | "patch" | "apply" | "rollback" | "redo" | "pull" | "model";
 export type JobState = "waiting" | "loading" | "running" | "done" | "refused" | "failed" | "cancelled";
 
@@ -100,8 +103,10 @@ export interface LastRun {
 export interface Status {
   /** `released`: another process of the user's, such as training, has the model's memory for a while. */
   state: "off" | "loading" | "ready" | "absent" | "failed" | "released";
-  /** Why it failed: `held` is memory that another server holds. */
-  reason?: "memory" | "held" | "";
+  /** Why it failed: `held` is memory that another server holds; why it is absent: the user ended the download. */
+  reason?: "memory" | "held" | "cancelled" | "";
+  /** The model is being downloaded, and `PULL_ID` names that where a job is named. */
+  isPulling?: boolean;
   model: string;
   message: string;
   hint: string;

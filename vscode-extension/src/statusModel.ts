@@ -1,6 +1,7 @@
 // What the status bar and the status view say, from what the server says of itself.
 
 import type { ConnectionState } from "./connection";
+import { PULL_ID } from "./protocol";
 import type { Evaluation, Job, LastRun, Status, TrainingEnd } from "./protocol";
 
 /** Puts words into the user's language; `vscode.l10n.t`. */
@@ -50,6 +51,12 @@ export function bar(state: ConnectionState, status: Status | null, jobs: Job[], 
     case "released":
       return say("mortar-board", status.message);
   }
+}
+
+/** What can be cancelled: jobs, and the download of a model. */
+export function cancellable(jobs: Job[], status: Status | null, t: Translate): Pick<Job, "jobId" | "title" | "function">[] {
+  const pull = { jobId: PULL_ID, title: t("download of {0}", status?.model ?? ""), function: "" };
+  return status?.isPulling === true ? [...jobs, pull] : jobs;
 }
 
 /** A job in a few words: what it does and how far it is. */

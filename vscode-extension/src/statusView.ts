@@ -3,7 +3,7 @@
 import * as vscode from "vscode";
 import type { Connection } from "./connection";
 import type { Adapters, Evaluation, Job, TrainingEnd } from "./protocol";
-import { bar, jobWords, type Row, rows, trainingEndWords } from "./statusModel";
+import { bar, cancellable, jobWords, type Row, rows, trainingEndWords } from "./statusModel";
 
 const { t } = vscode.l10n;
 
@@ -68,7 +68,7 @@ export class StatusView implements vscode.TreeDataProvider<Node> {
     } else {
       this.item.hide();
     }
-    void vscode.commands.executeCommand("setContext", "planpatch.jobRunning", jobs.length > 0);
+    void vscode.commands.executeCommand("setContext", "planpatch.jobRunning", cancellable(jobs, status, t).length > 0);
     void vscode.commands.executeCommand("setContext", "planpatch.modelReady", status?.state === "ready");
     if (status?.adapter !== this.adapter && state === "running") {
       this.adapter = status?.adapter;
@@ -138,6 +138,9 @@ export class StatusView implements vscode.TreeDataProvider<Node> {
     item.description = row.value;
     item.tooltip = `${row.label}: ${row.value}`;
     item.iconPath = new vscode.ThemeIcon(row.icon);
+    if (row.id === "model" && this.connection.status?.isPulling === true) {
+      item.contextValue = "pull";
+    }
     item.accessibilityInformation = { label: `${row.label}: ${row.value}` };
     return item;
   }

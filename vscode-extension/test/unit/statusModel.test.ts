@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 import type { Job, Status } from "../../src/protocol";
-import { bar, bytes, evaluationWords, jobWords, rows, type Translate } from "../../src/statusModel";
+import { bar, bytes, cancellable, evaluationWords, jobWords, rows, type Translate } from "../../src/statusModel";
 
 const t: Translate = (message, ...args) => message.replace(/\{(\d)\}/g, (_, index: string) => String(args[Number(index)]));
 
@@ -60,6 +60,16 @@ test.each<[Partial<Job>, string]>([
   [{ kind: "rollback", title: "rollback p_1" }, "rollback p_1"],
 ])("a job %o is told as %s", (more, words) => {
   expect(jobWords(job(more), t)).toBe(words);
+});
+
+test("a download can be cancelled like a job, and is named after the jobs", () => {
+  const [first] = [job({})];
+  expect(cancellable([first], { ...READY, state: "loading", isPulling: true }, t).map((one) => [one.jobId, one.title])).toEqual([
+    ["j1", "plan for f"],
+    ["pull", "download of qwen3-8b"],
+  ]);
+  expect(cancellable([first], { ...READY, isPulling: false }, t)).toEqual([first]);
+  expect(cancellable([], null, t)).toEqual([]);
 });
 
 describe("the status view", () => {
