@@ -44,7 +44,7 @@ from lsp_server.lsp_protocol import Protocol
 from lsp_server.model_host import HostStatus, ModelHost, ServerMark
 from lsp_server.session import Keep, Session
 from lsp_server.settings import SettingProblem, Settings, load_settings
-from lsp_server.targets import text_argument
+from lsp_server.targets import ledger_filter, text_argument
 from lsp_server.transport import Writer, read_messages, take_stdio
 from lsp_server.uris import path_of
 from lsp_server.workbench import PULL_ID, Workbench, said
@@ -593,8 +593,11 @@ class PlanPatchServer(LanguageServer):
         path, limit = path_of(text_argument(argument, "uri") or ""), argument.get("limit", _LEDGER_LINES)
         if not isinstance(limit, int) or not 0 < limit <= _MOST_LEDGER_LINES:
             raise UsageError(f"`limit` is a number from 1 to {_MOST_LEDGER_LINES}, not {limit!r}")
-        found = await asyncio.to_thread(ledger.list_proposals, path=path, limit=limit)
-        return {"proposals": [summary.to_json() for summary in found]}
+        is_wanted = ledger_filter(text_argument(argument, "text") or "", argument.get("states") or ())
+        before = text_argument(argument, "before")
+        listed = partial(ledger.list_proposals, path=path, limit=limit + 1, before=before, is_wanted=is_wanted)
+        found = await asyncio.to_thread(listed)
+        return {"proposals": [summary.to_json() for summary in found[:limit]], "more": len(found) > limit}
 
     # --- menus ------------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.errors import UnknownScopeError, UsageError
+from engine.patching.ledger_records import State, Summary
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import Scope, find_scope
 from engine.patching.source import Source
@@ -118,6 +119,33 @@ def hunks_argument(hunks: object, count: int, patch_id: str) -> tuple[int, ...]:
     if not chosen or len(chosen) < len(numbers):
         raise UsageError(f"{hunks!r} are no hunks of {patch_id}", hint=f"Give indices from 0 to {count - 1}.")
     return tuple(sorted(set(chosen)))
+
+
+def ledger_filter(text: str, states: object) -> Callable[[Summary], bool]:
+    """What is looked for in the ledger.
+
+    Args:
+        text: Words, all of which stand in what was asked for, where, or why it was refused; their case does not count.
+        states: States by name; none for all.
+
+    Returns:
+        Says whether a proposal is meant.
+
+    Raises:
+        UsageError: There is no such state.
+    """
+    known = {state.value for state in State}
+    wanted = set(cast("Sequence[str]", states)) if isinstance(states, (list, tuple)) else {states}
+    if not wanted <= known:
+        raise UsageError(f"`states` are some of {', '.join(sorted(known))}, not {states!r}")
+    words = text.lower().split()
+
+    def is_meant(summary: Summary) -> bool:
+        fields = (summary.intent, summary.scope, str(summary.path or ""), summary.id, summary.error, summary.model)
+        said = "\n".join(fields).lower()
+        return (not wanted or summary.state.value in wanted) and all(word in said for word in words)
+
+    return is_meant
 
 
 def feedback_argument(found: object) -> Feedback | None:

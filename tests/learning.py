@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.patching.ledger import Ledger
+from engine.patching.ledger import Ledger, Proposal
 from engine.patching.patcher import Patch, Patcher, PatcherOptions, Plan
 from engine.patching.prompts import Feedback
 from engine.patching.scopes import find_scope
@@ -66,3 +66,27 @@ def answer_of(text: str, function: str) -> str:
     source = Source.from_text(text, "m.py")
     scope = find_scope(source, function)
     return source.plain_text(scope.start_line, scope.end_line)
+
+
+def refuse_many(path: Path, file: Path, num: int) -> None:
+    """Fill the ledger at a path with refusals of `wish no0` to `wish noN` for a file, in this order."""
+    error = {"code": "gate", "message": "it does not parse", "hint": "", "details": {}}
+    with Ledger(path) as ledger:
+        for number in range(num):
+            ledger.propose(
+                Proposal(
+                    key=f"key {number}",
+                    path=file,
+                    scope="clamp",
+                    scope_kind="function",
+                    start_line=1,
+                    end_line=1,
+                    base=b"x = 1\n",
+                    patched=None,
+                    edits=(),
+                    surface="lsp",
+                    outcome="refused",
+                    error=error,
+                    intent=f"wish no{number}",
+                )
+            )

@@ -270,6 +270,8 @@ class Ledger:
         state: State | None = None,
         since: datetime | None = None,
         limit: int | None = 50,
+        before: str | None = None,
+        is_wanted: Callable[[Summary], bool] = lambda summary: True,
     ) -> list[Summary]:
         """Proposals, latest first.
 
@@ -278,6 +280,8 @@ class Ledger:
             state: Only those of this state.
             since: Only those made at this time or later; a time without zone is UTC.
             limit: How many at most; None for all.
+            before: Only those that were made before this one.
+            is_wanted: Only those that it says yes to.
 
         Returns:
             One summary each.
@@ -287,12 +291,13 @@ class Ledger:
         """
         self._recover()
         summaries: list[Summary] = []
-        for row in self._latest_first(path_key(path), "" if since is None else iso_utc(since)):
+        for row in self._latest_first(path_key(path), "" if since is None else iso_utc(since), before):
             if limit is not None and len(summaries) >= limit:
                 break
             standing = self._standing(row["id"])
-            if state is None or standing.state == state:
-                summaries.append(summary_of(row, standing))
+            summary = summary_of(row, standing)
+            if (state is None or standing.state == state) and is_wanted(summary):
+                summaries.append(summary)
         return summaries
 
     def last_applied(self, path: Path) -> Entry | None:
@@ -973,11 +978,11 @@ class Ledger:
     def _standing(self, patch_id: str) -> Standing:
         return add_up(self._events(patch_id))
 
-    def _latest_first(self, key: str | None, since: str) -> Iterator[Any]:
+    def _latest_first(self, key: str | None, since: str, before: str | None = None) -> Iterator[Any]:
         """Rows of proposals, read page by page."""
         sql = """SELECT id, created_at, path, scope, intent, surface, edits, error, model, timings FROM proposals
             WHERE id < ? AND (? IS NULL OR path_key = ?) AND created_at >= ? ORDER BY id DESC LIMIT 100"""
-        before = "p_~"
+        before = before or "p_~"
         while rows := self._database.rows(sql, (before, key, key, since)):
             yield from rows
             before = rows[-1]["id"]

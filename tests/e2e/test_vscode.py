@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.command_line import planpatch, start
 from tests.e2e.conftest import EXTENSION, MODEL, Start
 from tests.editors.vscode import Installed
 from tests.hub_server import Hub, environment_of, serve
+from tests.learning import refuse_many
 from tests.steering import PICTURES
 from tests.training_model import make_base, row, write_config, write_rows
 from tests.vscode import VSCode, wait_until
@@ -462,6 +464,52 @@ def test_a_user_who_reads_korean_is_spoken_to_in_korean(
         code.wait_for(".pane-header", "기록부")
         code.wait_for(".pane-body .monaco-list-row", "모델")
         picture(code, "korean-plan")
+
+
+@pytest.mark.long
+def test_the_ledger_view_shows_more_on_demand_and_its_filter_looks_at_all(
+    code: VSCode, workspace: Path, home: Path, picture: Picture
+) -> None:
+    file = workspace / "clamp.py"
+    file.write_text(CLAMP, encoding="utf-8")
+    refuse_many(home / "ledger.sqlite3", file, 501)  # one more than the view asks for at once
+    line = ".pane-body .monaco-list-row"
+    with code:
+        code.open("clamp.py")
+        code.run("PlanPatch: Open Ledger")
+        code.click(line, "wish no500,")
+        to_the_end(code, line)
+        code.wait_for(line, "Show more")
+        assert code.sees(line, "wish no1,") and not code.sees(line, "wish no0,")
+        picture(code, "ledger-more")
+
+        code.run("PlanPatch: Filter Ledger")
+        code.answer("WISH no0")
+        code.wait_for(".quick-input-list .monaco-list-row", "diverged")
+        code.press("Enter")
+        code.wait_for(line, "wish no0,")
+        assert not code.sees(line, "wish no1,") and not code.sees(line, "Show more")
+        picture(code, "ledger-filtered")
+
+        code.run("PlanPatch: Clear Ledger Filter")
+        code.click(line, "wish no499,")
+        to_the_end(code, line)
+        code.click(line, "Show more")
+        code.wait_until_gone(line, "Show more")
+        to_the_end(code, line)
+        code.wait_for(line, "wish no0,")
+
+
+def to_the_end(code: VSCode, line: str) -> None:
+    """Go to the last line of the tree in focus, also while what was opened in it still grows."""
+
+    def is_there() -> bool:
+        before = code.texts(line)
+        code.press("End")
+        time.sleep(0.5)
+        return code.texts(line) == before
+
+    wait_until(is_there, "the tree does not come to rest")
 
 
 # --- when something is not there -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import pytest
 from engine.errors import LedgerError
 from lsp_server import language_server
 from tests.hub_server import Hub, environment_of, serve
+from tests.learning import refuse_many
 from tests.lsp_client import CAPABILITIES, LspClient, LspError, edited
 from tests.training_model import make_base
 
@@ -645,7 +646,7 @@ def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp
         job = ask_for_patch(client, uri)
         assert (job["state"], job["error"]["code"]) == ("failed", "model")
         assert "planpatch models pull qwen2.5-coder-0.5b-instruct" in job["error"]["hint"]
-        assert client.command("planpatch.ledger", {"uri": uri}) == {"proposals": []}
+        assert client.command("planpatch.ledger", {"uri": uri}) == {"proposals": [], "more": False}
         with pytest.raises(LspError, match="no-such-model"):
             client.command("planpatch.model", {"name": "no-such-model"})
         assert client.command("planpatch.model")["state"] == "absent"
@@ -655,6 +656,28 @@ def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp
         client.wait_for(lambda: [told for told in client.seen("planpatch/status") if told["state"] == "absent"])
         client.command("planpatch.status")
         assert client.seen("window/showMessageRequest") == []
+
+
+def test_the_ledger_is_told_page_by_page_and_filtered_as_a_whole(
+    start: Callable[..., LspClient], tmp_path: Path, workspace: Path
+) -> None:
+    client = start()
+    opened(client, workspace)
+    client.command("planpatch.ledger")
+    refuse_many(tmp_path / "home" / "ledger.sqlite3", workspace / "math_box.py", 25)
+
+    def wishes(**argument: Any) -> tuple[list[str], bool]:
+        told = client.command("planpatch.ledger", argument)
+        return [one["intent"].removeprefix("wish no") for one in told["proposals"]], told["more"]
+
+    first = client.command("planpatch.ledger", {"limit": 20})
+    assert (first["proposals"][0]["intent"], len(first["proposals"]), first["more"]) == ("wish no24", 20, True)
+    assert wishes(limit=20, before=first["proposals"][-1]["id"]) == (["4", "3", "2", "1", "0"], False)
+    assert wishes(limit=2, text="PARSE Wish NO1") == (["19", "18"], True)
+    assert wishes(text="clamp math_box no17", states=["refused", "applied"]) == (["17"], False)
+    assert wishes(text="no17", states=["applied"]) == ([], False)
+    with pytest.raises(LspError, match="`states` are some of accepted, applied"):
+        wishes(states=["no such state"])
 
 
 def test_a_download_that_is_cancelled_ends_at_once_and_the_next_one_fetches_the_rest(

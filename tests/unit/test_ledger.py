@@ -105,6 +105,19 @@ def test_a_proposal_is_read_back_as_it_was(ledger: Ledger, file: Path) -> None:
     )
 
 
+def test_the_ledger_is_read_page_by_page_and_a_filter_looks_at_all_of_it(ledger: Ledger, file: Path) -> None:
+    ids = [ledger.propose(replace(proposal(file, key=str(number)), intent=f"wish {number}")) for number in range(250)]
+    pages = [ledger.list_proposals(limit=100)]
+    while pages[-1]:
+        pages.append(ledger.list_proposals(limit=100, before=pages[-1][-1].id))
+    assert [len(page) for page in pages] == [100, 100, 50, 0]
+    assert sorted(summary.id for page in pages for summary in page) == sorted(ids)
+    found = ledger.list_proposals(limit=2, is_wanted=lambda summary: summary.intent.endswith("7"))
+    assert [summary.intent for summary in found] == ["wish 247", "wish 237"]
+    (oldest,) = ledger.list_proposals(is_wanted=lambda summary: summary.intent == "wish 0")
+    assert oldest.id == ids[0]
+
+
 def test_a_refusal_is_recorded_with_its_error_and_cannot_be_applied(ledger: Ledger, file: Path) -> None:
     refused = replace(
         proposal(file), outcome="refused", patched=None, edits=(), error={"code": "gate", "message": "does not parse"}

@@ -73,6 +73,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     why: (which) => ledger.why(needId(which)),
     filterLedger: () => ledger.askFilter(),
     clearLedgerFilter: () => ledger.setFilter(NO_FILTER),
+    moreLedger: () => ledger.showMore(),
     groupLedger: () => ledger.group(),
     refreshLedger: () => ledger.refresh(),
     // the server

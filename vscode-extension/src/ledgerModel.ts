@@ -1,7 +1,7 @@
-// The ledger as a tree: proposals by file and day, what can be done with each, and what is left by a filter.
+// The ledger as a tree: proposals by file and day, and what can be done with each. The server filters and pages.
 
 import * as path from "node:path";
-import type { PatchState, Summary } from "./protocol";
+import type { LedgerPage, PatchState, Summary } from "./protocol";
 
 export type Grouping = "file" | "day";
 
@@ -25,10 +25,9 @@ export interface Leaf {
 }
 
 /** Files that hold days, or days that hold files; each level with the latest first. */
-export function tree(summaries: Summary[], grouping: Grouping, filter: Filter): Group[] {
-  const kept = summaries.filter((summary) => isKept(summary, filter));
+export function tree(summaries: Summary[], grouping: Grouping): Group[] {
   const levels: Grouping[] = grouping === "file" ? ["file", "day"] : ["day", "file"];
-  return grouped(kept, levels[0] as Grouping).map(([name, members]) => ({
+  return grouped(summaries, levels[0] as Grouping).map(([name, members]) => ({
     kind: levels[0] as Grouping,
     name,
     children: grouped(members, levels[1] as Grouping).map(([inner, leaves]) => ({
@@ -39,12 +38,19 @@ export function tree(summaries: Summary[], grouping: Grouping, filter: Filter): 
   }));
 }
 
-export function isKept(summary: Summary, filter: Filter): boolean {
-  const wanted = filter.text.trim().toLowerCase().split(/\s+/).filter((word) => word !== "");
-  const fields = [summary.intent, summary.scope, summary.path ?? "", summary.id, summary.error, summary.model ?? ""];
-  const text = fields.join("\n").toLowerCase();
-  const hasState = filter.states.length === 0 || filter.states.includes(summary.state);
-  return hasState && wanted.every((word) => text.includes(word));
+/** The first pages of the ledger as one; `ask` asks for those made before a proposal. */
+export async function pages(
+  num: number,
+  ask: (before: string | undefined) => Promise<LedgerPage>,
+): Promise<LedgerPage> {
+  const proposals: Summary[] = [];
+  let more = true;
+  for (let page = 0; page < num && more; page++) {
+    const answer = await ask(proposals.at(-1)?.id);
+    proposals.push(...answer.proposals);
+    more = answer.more;
+  }
+  return { proposals, more };
 }
 
 export function isFiltered(filter: Filter): boolean {

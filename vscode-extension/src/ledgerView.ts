@@ -12,15 +12,16 @@ import {
   isFiltered,
   type Leaf,
   NO_FILTER,
+  pages,
   tree,
 } from "./ledgerModel";
-import type { Entry, Gate, PatchState, Summary } from "./protocol";
+import type { Entry, Gate, LedgerPage, PatchState, Summary } from "./protocol";
 import { said } from "./telling";
 import { besideColumn, type Texts } from "./texts";
 
 const { t } = vscode.l10n;
 
-const MOST = 500;
+const PAGE = 500;
 const SETTLE_MS = 400;
 
 interface Fact {
@@ -31,7 +32,11 @@ interface Fact {
   tooltip?: string;
 }
 
-export type Node = Group | Leaf | Fact;
+interface More {
+  kind: "more";
+}
+
+export type Node = Group | Leaf | Fact | More;
 
 export class LedgerView implements vscode.TreeDataProvider<Node> {
   private readonly changed = new vscode.EventEmitter<void>();
@@ -39,6 +44,7 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
   private readonly view: vscode.TreeView<Node>;
   private grouping: Grouping;
   private filter: Filter = NO_FILTER;
+  private numPages = 1;
   private timer: NodeJS.Timeout | undefined;
 
   constructor(
@@ -82,6 +88,7 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
       case "proposal":
         return facts(await this.entry(node.summary.id));
       case "fact":
+      case "more":
         return [];
     }
   }
@@ -90,11 +97,13 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
     if (this.connection.state !== "running") {
       return [];
     }
-    const answer = await this.connection.command<{ proposals: Summary[] }>("planpatch.ledger", { limit: MOST });
-    const found = tree(answer.proposals, this.grouping, this.filter);
+    const { proposals, more } = await pages(this.numPages, (before) =>
+      this.connection.command<LedgerPage>("planpatch.ledger", { limit: PAGE, before, ...this.filter }),
+    );
+    const found = tree(proposals, this.grouping);
     this.view.message =
       found.length === 0 && isFiltered(this.filter) ? t("Nothing in the ledger fits the filter.") : undefined;
-    return found;
+    return more ? [...found, { kind: "more" }] : found;
   }
 
   getTreeItem(node: Node): vscode.TreeItem {
@@ -105,6 +114,8 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
         return dayItem(node);
       case "proposal":
         return proposalItem(node.summary);
+      case "more":
+        return moreItem();
       case "fact": {
         const item = new vscode.TreeItem(node.label);
         item.description = node.value;
@@ -125,6 +136,12 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
   async open(): Promise<void> {
     await this.connection.askStatus();
     await vscode.commands.executeCommand("planpatch.ledger.focus");
+    this.refresh();
+  }
+
+  /** Older proposals too. */
+  showMore(): void {
+    this.numPages++;
     this.refresh();
   }
 
@@ -152,6 +169,7 @@ export class LedgerView implements vscode.TreeDataProvider<Node> {
 
   setFilter(filter: Filter): void {
     this.filter = filter;
+    this.numPages = 1;
     void vscode.commands.executeCommand("setContext", "planpatch.ledgerFiltered", isFiltered(filter));
     this.refresh();
   }
@@ -223,6 +241,14 @@ function proposalItem(summary: Summary): vscode.TreeItem {
   item.contextValue = abilities(summary);
   item.iconPath = new vscode.ThemeIcon(name, colour === undefined ? undefined : new vscode.ThemeColor(colour));
   item.accessibilityInformation = { label: [what, ...words].join(", ") };
+  return item;
+}
+
+function moreItem(): vscode.TreeItem {
+  const item = new vscode.TreeItem(t("Show more"));
+  item.id = "more";
+  item.iconPath = new vscode.ThemeIcon("ellipsis");
+  item.command = { command: "planpatch.ui.moreLedger", title: t("Show more") };
   return item;
 }
 

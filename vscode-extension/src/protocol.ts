@@ -159,6 +159,11 @@ export interface Argument {
   jobId?: string;
   name?: string;
   limit?: number;
+  /** Of the ledger: what was made before this proposal. */
+  before?: string | undefined;
+  /** Of the ledger: words that all stand in what was asked for, where, or why it was refused. */
+  text?: string;
+  states?: PatchState[];
 }
 
 export type PatchState =
@@ -186,6 +191,13 @@ export interface Summary {
   error: string;
   model?: string;
   total_s?: number;
+}
+
+/** A page of the ledger, latest first. */
+export interface LedgerPage {
+  proposals: Summary[];
+  /** Whether there are more, made before the last one. */
+  more: boolean;
 }
 
 /** `Entry.to_json()`, as far as it is used. */

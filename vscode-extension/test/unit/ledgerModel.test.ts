@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
-import { abilities, baseName, dayOf, type Filter, icon, isFiltered, isKept, NO_FILTER, tree } from "../../src/ledgerModel";
-import type { PatchState, Summary } from "../../src/protocol";
+import { abilities, baseName, dayOf, icon, isFiltered, NO_FILTER, pages, tree } from "../../src/ledgerModel";
+import type { LedgerPage, PatchState, Summary } from "../../src/protocol";
 
 const STATES: PatchState[] = ["proposed", "refused", "applied", "diverged", "accepted", "rejected", "rolled_back", "forgotten"];
 
@@ -23,8 +23,8 @@ function summary(id: string, more: Partial<Summary> = {}): Summary {
 }
 
 /** The tree as indented text. */
-function shown(summaries: Summary[], grouping: "file" | "day", filter: Filter = NO_FILTER): string[] {
-  return tree(summaries, grouping, filter).flatMap((outer) => [
+function shown(summaries: Summary[], grouping: "file" | "day"): string[] {
+  return tree(summaries, grouping).flatMap((outer) => [
     outer.name,
     ...outer.children.flatMap((inner) =>
       inner.kind === "proposal"
@@ -66,35 +66,29 @@ describe("the tree", () => {
     const at = new Date(2026, 10, 26, 0, 30);
     expect(dayOf(at.toISOString())).toBe("2026-11-26");
   });
+});
 
-  test("a group with nothing left is not shown", () => {
-    expect(shown(THREE, "file", { text: "a.py", states: [] })).toEqual(["/w/a.py", "  2026-11-26", "    p_2"]);
-    expect(shown(THREE, "file", { text: "no such", states: [] })).toEqual([]);
+describe("pages", () => {
+  const LEDGER = ["p_5", "p_4", "p_3", "p_2", "p_1"].map((id) => summary(id));
+  const ask = (before: string | undefined): Promise<LedgerPage> => {
+    const left = LEDGER.filter((one) => before === undefined || one.id < before);
+    return Promise.resolve({ proposals: left.slice(0, 2), more: left.length > 2 });
+  };
+
+  test.each([
+    [1, ["p_5", "p_4"], true],
+    [2, ["p_5", "p_4", "p_3", "p_2"], true],
+    [3, ["p_5", "p_4", "p_3", "p_2", "p_1"], false],
+    [9, ["p_5", "p_4", "p_3", "p_2", "p_1"], false],
+  ])("%i of them", async (num, ids, more) => {
+    const found = await pages(num, ask);
+    expect([found.proposals.map((one) => one.id), found.more]).toEqual([ids, more]);
   });
 });
 
-describe("the filter", () => {
-  test.each([
-    ["", true],
-    ["ADD", true],
-    ["them add", true],
-    ["them subtract", false],
-    ["a.py qwen", true],
-    ["undefined", true],
-  ])("%s", (text, isFound) => {
-    expect(isKept(summary("p_1", { error: "x would be undefined" }), { text, states: [] })).toBe(isFound);
-  });
-
-  test("states count besides words", () => {
-    const refused = summary("p_1", { state: "refused" });
-    expect(isKept(refused, { text: "add", states: ["refused", "applied"] })).toBe(true);
-    expect(isKept(refused, { text: "add", states: ["applied"] })).toBe(false);
-  });
-
-  test("blanks are no filter", () => {
-    expect([NO_FILTER, { text: "  ", states: [] }].some(isFiltered)).toBe(false);
-    expect(isFiltered({ text: "", states: ["refused"] })).toBe(true);
-  });
+test("blanks are no filter", () => {
+  expect([NO_FILTER, { text: "  ", states: [] }].some(isFiltered)).toBe(false);
+  expect(isFiltered({ text: "", states: ["refused"] })).toBe(true);
 });
 
 describe("what can be done with a proposal", () => {
