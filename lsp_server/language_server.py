@@ -90,7 +90,8 @@ class PlanPatchServer(LanguageServer):
         self._parsers, self._prover = ParserProcess(), ParserProcess()  # a long proof keeps no command waiting
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
         self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
-        self._host_progress, self._is_pull_shown = "", False
+        self._host_progress = ""
+        self._is_pull_shown = False
         self._training: dict[str, Any] | None = None
         self._training_end: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
