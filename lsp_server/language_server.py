@@ -91,7 +91,7 @@ class PlanPatchServer(LanguageServer):
         self._http = HttpHost(self._host, lambda: self._session, self._edit_for_http, self._tell_of_http)
         self._follower = AdapterFollower(self._host, lambda: self._session, self._tell_of_adapter)
         self._host_progress = ""
-        self._is_pull_shown = False
+        self._is_pull_shown: bool = False
         self._training: dict[str, Any] | None = None
         self._training_end: dict[str, Any] | None = None
         self._numbers = itertools.count(1)
@@ -425,7 +425,8 @@ class PlanPatchServer(LanguageServer):
             token = f"planpatch/model-{next(self._numbers)}"
             title = "PlanPatch: downloading the model" if status.is_pull else "PlanPatch: loading the model"
             if await self.editor.begin_progress(token, title, message, can_cancel=status.is_pull):
-                self._host_progress, self._is_pull_shown = token, status.is_pull
+                self._host_progress = token
+                self._is_pull_shown = status.is_pull
 
     def cancel_progress(self, token: str) -> None:
         """End what the client shows under a token of ours, if it can be ended.
