@@ -656,12 +656,13 @@ def test_a_model_that_is_not_here_is_offered_to_be_pulled_and_all_else_works(tmp
 
 @pytest.mark.slow
 def test_a_library_that_writes_to_stdout_leaves_the_protocol_alone(
-    start: Callable[..., LspClient], workspace: Path
+    start: Callable[..., LspClient], workspace: Path, long_run: bool
 ) -> None:
-    client = start(env={"NOISE": "1"})
+    megabytes = 100 if long_run else 20
+    client = start(env={"NOISE": str(megabytes)})
     uri = opened(client, workspace)
     assert ask_for_patch(client, uri)["state"] == "done"
-    client.wait_for(lambda: len(client.stderr) > 100_000_000, 60)
+    client.wait_for(lambda: len(client.stderr) > megabytes * 1_000_000, 120)
     assert client.titles(uri, 5) != []
     seen = bytes(client.stderr[:20_000_000])
     assert seen.count(b"Content-Length: 5\r\n\r\nhello") == 2

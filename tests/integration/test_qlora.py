@@ -194,7 +194,7 @@ def kill_at(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError("".join(said))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_has_the_losses_of_one_that_is_not(base: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
