@@ -36,6 +36,7 @@ class ScriptedHost:
         self.local_or_none: Any = None
 
     def start(self, session: Any, *, pull: bool = False) -> None:
+        print("loads the model", session.settings.model, file=sys.stderr, flush=True)
         self.engine_or_none = ScriptedEngine(self._answer)
         self.status = HostStatus("ready", "scripted")
         threading.Thread(target=self._on_change, args=(self.status,), daemon=True).start()

@@ -605,6 +605,26 @@ def test_settings_come_from_the_client_and_a_bad_one_is_named(start: Callable[..
     assert client.command("planpatch.status")["apply"] == "direct", "a client that answers is asked"
 
 
+def test_a_client_that_tells_of_its_settings_at_once_has_the_model_loaded_once(
+    start: Callable[..., LspClient], workspace: Path
+) -> None:
+    client = start(settings={"model": "qwen2.5-coder-0.5b-instruct"})
+
+    def tell(_params: Any) -> None:
+        for _ in range(3):
+            client.notify("workspace/didChangeConfiguration", {"settings": None})
+
+    def answer_late(params: Any) -> list[Any]:
+        time.sleep(0.1)
+        return [client.settings for _ in params["items"]]
+
+    client.answers |= {"client/registerCapability": tell, "workspace/configuration": answer_late}
+    opened(client, workspace, options={"settings": client.settings})
+    client.wait_for(lambda: "loads the model" in client.errors())
+    time.sleep(0.6)
+    assert client.errors().count("loads the model") == 1, client.errors()
+
+
 def test_each_workspace_folder_has_its_own_presets_and_folders_come_and_go(
     start: Callable[..., LspClient], tmp_path: Path
 ) -> None:
