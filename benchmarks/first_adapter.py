@@ -8,6 +8,10 @@ right, where a causal model cannot see them: no mask, no packing. The adapter is
 weights in AdamW, and written in fp16. The learning rate is probed: a short run with each, the lowest loss on held-out
 packages wins. The run ends within its time: the number of steps is set by the speed of the first ones.
 
+Rows of the stage `general` are no examples: on them the adapter is held to what the base model would say (KL divergence
+over their answer tokens, base first), so that it learns to edit and forgets little else. `--hold 0` learns them as the
+other rows.
+
 Not covered: resuming, several GPUs, quantized bases; `planpatch train qlora` has those.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import random
@@ -32,6 +37,7 @@ from engine.inference.protocol import Message
 from engine.inference.tokenizer import HFChatTokenizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GENERAL = "general"
 _WINDOW = 2048  # rows that are sorted by length together
 _LOSS_CHUNK = 2048  # positions whose logits are in memory at once
 
@@ -54,6 +60,7 @@ def main() -> None:
         "alpha": args.alpha,
         "seed": args.seed,
         "targets": TARGETS,
+        "hold": args.hold,
         "probes": [],
     }
     record["val_loss_base"] = _val_loss(base, val, args.batch_tokens)
@@ -95,6 +102,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4])
     parser.add_argument("--batch-tokens", type=int, default=8192, help="Padded tokens of one forward pass.")
     parser.add_argument("--passes-a-step", type=int, default=2)
+    parser.add_argument("--hold", type=float, default=1.0, help="Weight of the divergence on general rows.")
+    parser.add_argument("--hold-every", type=int, default=2, help="Steps between two batches of general rows.")
     parser.add_argument("--max-tokens", type=int, default=1536)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--probe-seconds", type=float, default=20.0)
@@ -174,11 +183,15 @@ def _train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     copies = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(copies, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    batches = _batches(rows, args.batch_tokens, random.Random(args.seed))
+    held = [row for row in rows if args.hold and row[2] == GENERAL]
+    held_batches = itertools.cycle(_batches(held, args.batch_tokens, random.Random(args.seed)) or [[]])
+    taught = [row for row in rows if not (args.hold and row[2] == GENERAL)]
+    batches = _batches(taught, args.batch_tokens, random.Random(args.seed))
     num_steps = len(batches) // args.passes_a_step
     device = parameters[0].device
     model.train()
     losses: list[float] = []
+    divergences: list[float] = []
     num_tokens, started_at, paced_at, total_steps = 0, time.monotonic(), 0.0, num_steps
     for step in range(num_steps):
         if step == 5:
@@ -198,6 +211,12 @@ def _train(
             loss.backward()
             loss_sum += float(loss.detach())
             num_tokens += sum(len(tokens) for tokens, _, _ in batch)
+        if held and step % args.hold_every == 0:
+            batch = next(held_batches)
+            ids, labels = _tensors(batch, device)
+            divergence = _divergence(model, ids, labels) / sum(len(tokens) - asked for tokens, asked, _ in batch)
+            (args.hold * divergence).backward()
+            divergences.append(round(float(divergence.detach()), 5))
         for copy, parameter in zip(copies, parameters, strict=True):
             copy.grad = parameter.grad.float() if parameter.grad is not None else None
             parameter.grad = None
@@ -226,20 +245,42 @@ def _train(
         "seconds": taken,
         "tokens_per_s": num_tokens / taken,
         "losses": [round(loss, 4) for loss in losses],
+        "divergences": divergences,
     }
+
+
+def _answer_states(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The head, the states `[answer tokens, hidden]` that precede answer tokens, and those tokens."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    is_answer = labels[:, 1:] != -100
+    return inner.lm_head, hidden[is_answer], labels[:, 1:][is_answer]
+
+
+def _divergence(model: PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over answer tokens of KL(base, adapted), in nats."""
+    with torch.no_grad(), model.disable_adapter():
+        _, meant, _ = _answer_states(model, ids, labels)
+    head, states, _ = _answer_states(model, ids, labels)
+    total = states.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(states), _LOSS_CHUNK):
+        piece = states[start : start + _LOSS_CHUNK], meant[start : start + _LOSS_CHUNK]
+        total = total + torch.utils.checkpoint.checkpoint(_chunk_divergence, head, *piece, use_reentrant=False)
+    return total
+
+
+def _chunk_divergence(head: torch.nn.Module, states: torch.Tensor, meant: torch.Tensor) -> torch.Tensor:
+    found, base = (torch.nn.functional.log_softmax(head(one).float(), dim=-1) for one in (states, meant))
+    return torch.nn.functional.kl_div(found, base, reduction="sum", log_target=True)
 
 
 def _loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the answer tokens' cross entropy; logits are made for them alone, some thousands at a time."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:]
-    is_answer = wanted != -100
-    states, targets = hidden[is_answer], wanted[is_answer]
+    head, states, targets = _answer_states(model, ids, labels)
     total = states.new_zeros((), dtype=torch.float32)
     for start in range(0, len(targets), _LOSS_CHUNK):
         piece = states[start : start + _LOSS_CHUNK], targets[start : start + _LOSS_CHUNK]
-        total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, inner.lm_head, *piece, use_reentrant=False)
+        total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, head, *piece, use_reentrant=False)
     return total
 
 

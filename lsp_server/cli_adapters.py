@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,7 @@ def list_adapters(as_json: JsonOption = False) -> None:
         console.say("the base model is used, without an adapter")
 
 
-def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, str | None]) -> dict[str, Any]:
+def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, _Live]) -> dict[str, Any]:
     figures = version.evaluation
     return {
         "folder": str(version.folder),
@@ -57,7 +58,7 @@ def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, str
         "state": version.fault or "ok",
         "digest": version.digest,
         "version": version.folder.name,
-        "live_in": [pid for pid, folder in live.items() if folder == str(version.folder)],
+        "live_in": [pid for pid, server in live.items() if server.folder == str(version.folder)],
         "base_digest": version.base_digest,
         "evaluation": dict(figures) or None,
         "promotions": version.manifest.get("promotions", []),
@@ -145,7 +146,7 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
     for pid in taken:
         console.say(f"  the server of process {pid} has taken it")
     for pid in others:
-        console.warn(f"the server of process {pid} has not taken it, or does not answer; its log says why")
+        console.warn(f"the server of process {pid} has not taken it: it has an adapter of its own, or its log says why")
     if not is_chosen:
         source = session.settings.source_of("adapter")
         console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")
@@ -154,26 +155,34 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
 def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int]]:
     """Servers that run with the adapter now, and those that after a while still do not, or do not answer.
 
-    One that is still loading its model is neither: it will take what is chosen then.
+    One that is still loading its model is neither: it will take what is chosen then. One whose own setting names an
+    adapter will not take another, and is not waited for.
     """
     wanted = str(current) if current else None
     deadline = time.monotonic() + _TAKEN_WITHIN_S
     while True:
         live = _live(session)
-        others = [pid for pid, folder in live.items() if folder != wanted]
-        if not others or time.monotonic() > deadline:
+        others = [pid for pid, server in live.items() if server.folder != wanted]
+        if all(live[pid].is_fixed for pid in others) or time.monotonic() > deadline:
             return [pid for pid in live if pid not in others], others
         time.sleep(0.2)
 
 
-def _live(session: Session) -> dict[int, str | None]:
-    """The adapter's folder of each server of this home that has a model; empty where it did not answer.
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What a server runs with: the adapter's folder, empty where it did not answer; whether its own setting says so."""
 
-    Servers without a listener are not asked.
-    """
-    found: dict[int, str | None] = {}
+    folder: str | None
+    is_fixed: bool = False
+
+
+def _live(session: Session) -> dict[int, _Live]:
+    """Each server of this home that has a model. Servers without a listener are not asked."""
+    found: dict[int, _Live] = {}
     for server in listeners(session.paths.runtime_file):
         answer = server.health()
-        if answer is None or answer["model_loaded"]:
-            found[server.pid] = _SILENT if answer is None else answer["adapter_path"]
+        if answer is None:
+            found[server.pid] = _Live(_SILENT)
+        elif answer["model_loaded"]:
+            found[server.pid] = _Live(answer["adapter_path"], answer.get("adapter_setting", "auto") != "auto")
     return found

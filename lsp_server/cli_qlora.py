@@ -49,7 +49,7 @@ def qlora(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Instead of the configuration's base.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Spread over several GPUs.")] = 1,
     values: Annotated[
         list[str] | None,

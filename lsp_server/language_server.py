@@ -81,6 +81,7 @@ class PlanPatchServer(LanguageServer):
         self._options = dict(options)
         self._bench: Workbench | None = None
         self._editor_settings: Mapping[str, object] = {}
+        self._has_begun = asyncio.Event()
         self._settings: dict[Path | None, Settings] = {}
         self._problems_told: set[str] = set()
         self._folders: list[Path] = []
@@ -261,6 +262,7 @@ class PlanPatchServer(LanguageServer):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
         self._host.start(self._session)
+        self._has_begun.set()
         self._follower.start()
         self._http.start()
         for process in (self._parsers, self._prover):
@@ -339,6 +341,7 @@ class PlanPatchServer(LanguageServer):
         Args:
             params: The notification; its settings count where the client does not answer `workspace/configuration`.
         """
+        await self._has_begun.wait()  # VS Code tells of a change as soon as it is asked to tell of changes
         found = await self.editor.configuration("planpatch")
         settings: Any = params.settings
         if found is None and isinstance(settings, dict):

@@ -9,6 +9,7 @@ Not covered: memory that a process takes between the check and the load; torch's
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import CancelledError, EngineError, ModelError, PlanPatchError
+from engine.inference.catalogue import ModelRef
 from engine.inference.engine import InProcessEngine
 from engine.inference.protocol import Engine
 from engine.inference.store import LocalModel, Progress
@@ -28,6 +30,8 @@ from lsp_server.process_marks import facts_of_living, lives, own_facts
 from lsp_server.session import Session
 
 HostState = Literal["off", "loading", "ready", "absent", "failed", "released"]
+
+log = logging.getLogger("planpatch.model")
 
 _DRAIN_S = 30.0  # what is generated when the model is asked for may end
 _LOAD_END_S = 120.0
@@ -68,6 +72,7 @@ class ModelHost:
     def __init__(self, on_change: Callable[[HostStatus], None]) -> None:
         self._on_change = on_change
         self._changed = threading.Condition()
+        self._reading = threading.Lock()  # memory for one; and two threads cannot import transformers at once
         self._status = HostStatus()
         self._engine: InProcessEngine | None = None
         self._local: LocalModel | None = None
@@ -242,19 +247,27 @@ class ModelHost:
 
             local = session.local_model(ref, progress, pull=pull)
             self._found(generation, local)
-            engine = session.engine(local, ref)
-            engine.wait_until_ready()
+            with self._reading:
+                self._read(generation, session, local, ref)
         except PlanPatchError as error:
             state: HostState = "absent" if error.details.get("absent") else "failed"
             holders = other_holders(session.paths.servers) if "needed_bytes" in error.details else []
             reason = "held" if holders else "memory" if "needed_bytes" in error.details else ""
+            if state == "failed":
+                log.error("%s", error.message, exc_info=error.__cause__)
             message = "; ".join([error.message, *([", ".join(holders)] if holders else [])])
             self._tell(generation, HostStatus(state, self._status.model, message, error.hint, reason))
-            return
         except Exception as fault:  # a library failed: generation is off, the server stays
+            log.exception("the model cannot be loaded")
             message = f"The model cannot be loaded: {type(fault).__name__}: {fault}"
             self._tell(generation, HostStatus("failed", self._status.model, message, "planpatch doctor says more."))
+
+    def _read(self, generation: int, session: Session, local: LocalModel, ref: ModelRef) -> None:
+        """Have the engine, unless another model was asked for meanwhile; called by one thread at a time."""
+        if generation != self._generation:
             return
+        engine = session.engine(local, ref)
+        engine.wait_until_ready()
         with self._changed:
             is_current = generation == self._generation
             if is_current:

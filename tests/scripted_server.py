@@ -2,7 +2,7 @@
 
     python -I -X utf8 tests/scripted_server.py lsp [OPTIONS]
 
-The file that SCRIPT names holds the model's next answer, or `FAIL`: then the device fails. `NOISE=1` has libraries
+The file that SCRIPT names holds the model's next answer, or `FAIL`: then the device fails. `NOISE=20` has libraries
 write to stdout in every way there is.
 """
 
@@ -36,6 +36,7 @@ class ScriptedHost:
         self.local_or_none: Any = None
 
     def start(self, session: Any, *, pull: bool = False) -> None:
+        print("loads the model", session.settings.model, file=sys.stderr, flush=True)
         self.engine_or_none = ScriptedEngine(self._answer)
         self.status = HostStatus("ready", "scripted")
         threading.Thread(target=self._on_change, args=(self.status,), daemon=True).start()
@@ -59,7 +60,7 @@ class ScriptedHost:
 
 
 def make_noise() -> None:
-    """What libraries do: print, write to descriptor 1, call C's puts, warn, and log 100 MB."""
+    """What libraries do: print, write to descriptor 1, call C's puts, warn, and log as many MB as NOISE says."""
     print("Content-Length: 5\r\n\r\nhello")
     sys.stdout.flush()
     os.write(1, b"Content-Length: 5\r\n\r\nhello")
@@ -68,7 +69,7 @@ def make_noise() -> None:
     libc.fflush(None)
     warnings.warn("a warning", stacklevel=1)
     logger = logging.getLogger("some.library")
-    for _ in range(100):
+    for _ in range(int(os.environ["NOISE"])):
         logger.error("x" * 1_000_000)
 
 

@@ -97,7 +97,7 @@ class Request:
         data: Examples to train on.
         val: Examples that are held out; None: there are none.
         out: Folder of versions.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu` or `cuda`, the first GPU that the process sees.
         num_gpus: How many of them; on a CPU, how many processes.
         resume: Go on with the run that was cut off.
         discard: Delete that run.
@@ -208,6 +208,12 @@ def plan_job(request: Request) -> Job:
 
 
 def _device_of(request: Request) -> str:
+    name, _, number = request.device.partition(":")
+    if name == "cuda" and number not in ("", "0"):  # transformers trains on the first GPU that it sees
+        raise UsageError(
+            f"Training takes the first GPU, not {request.device}",
+            hint=f"Show it that one alone: CUDA_VISIBLE_DEVICES={number} planpatch train qlora … --device cuda",
+        )
     device = choose_device(request.device)
     if request.num_gpus > 1 and device != "cpu":
         import torch

@@ -216,7 +216,8 @@ def load_model(
             hint="Choose a smaller model (planpatch models list) or the quantization nf4, or free the GPU.",
         ) from fault
     except ImportError as fault:
-        raise ModelError(f"{name} cannot be loaded as {chosen}: {fault}", hint=_INSTALL_CUDA) from fault
+        hint = _INSTALL_CUDA if chosen in ("int8", "nf4") else "planpatch doctor says what is installed."
+        raise ModelError(f"{name} cannot be loaded as {chosen}: {fault}", hint=hint) from fault
     except Exception as fault:  # a config.json with wrong values makes transformers fail in any way
         raise ModelError(
             f"{name} cannot be loaded from {folder}: {_reason(fault)}", hint=mending_hint(folder)

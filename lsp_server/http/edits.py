@@ -130,6 +130,7 @@ async def health(request: Request) -> Response:
             "use_4bit": (status.quantization if status is not None else settings.quantization) == "nf4",
             "adapter_path": status.adapter if status is not None else None,
             "adapter_version": status.adapter_digest if status is not None else "__none__",
+            "adapter_setting": settings.adapter,
             "clean_response": settings.clean_response,
             "stop_think_default": False,
             "device": status.device if status is not None else settings.device,

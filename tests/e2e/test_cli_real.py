@@ -161,6 +161,7 @@ def test_a_function_whose_own_text_parses_is_patched_in_a_file_that_does_not(
     assert (count_bits(mended, 127), below + rest) == (7, broken[len(BITCOUNT) - 1 :])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process alone")
 def test_ctrl_c_while_the_model_writes_ends_it_and_leaves_everything_whole(
     workspace: Path, home: Path, model_folder_05b: Path

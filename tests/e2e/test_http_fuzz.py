@@ -17,7 +17,7 @@ from tests.http_server import MODEL, call, serve_05b
 
 pytestmark = pytest.mark.slow
 
-NUM_CASES = 5000 if LONG else 300
+NUM_CASES = 5000 if LONG else 150
 TIME_LIMIT_S = 3000 if LONG else 240
 
 

@@ -63,6 +63,7 @@ def eventually(holds: Callable[[], bool], timeout_s: float = 30) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_server_takes_each_choice_and_the_way_back(adapters: Path, tmp_path: Path) -> None:
     with serving(tmp_path) as (pid, url):
         for name in ("house-v1", "house-v2"):

@@ -86,7 +86,7 @@ def test_a_repeated_edit_gives_the_same_text_and_leaves_the_file(
     assert file.read_bytes() == CASES[0]["before"].encode()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_is_measured_on_recorded_edits_and_the_last_line_is_json(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

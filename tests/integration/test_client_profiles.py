@@ -63,6 +63,7 @@ PROFILES = {
     "helix that knows no questions": Profile("helix_25.01.json", "utf-8", asks=False),
     "one that says nothing": Profile("", "utf-16", edit="changes"),
 }
+OFTEN = ("neovim 0.11", "eglot", "helix", "one that says nothing")  # each pair of encodings and ways of editing once
 
 
 class Client(LspClient):
@@ -192,7 +193,9 @@ def assert_plain(actions: list[Json], client: Client) -> None:
         assert len(command["arguments"]) == 1
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in PROFILES]
+)
 def test_a_client_is_sent_only_what_it_takes(name: str, home: Path, tmp_path: Path) -> None:
     """Plan, edit the plan, patch from it, apply, roll back; the directive is in the code, then gone, then back."""
     profile = PROFILES[name]

@@ -48,6 +48,7 @@ def chat(client: openai.OpenAI, messages: Any, **options: Any) -> Any:
     return client.chat.completions.create(model=MODEL, messages=messages, **{"temperature": 0, **options})
 
 
+@pytest.mark.slow
 def test_a_chat_streams_while_the_model_still_loads(client: openai.OpenAI) -> None:
     chunks = list(chat(client, ADD, stream=True, max_tokens=12, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"

@@ -42,6 +42,7 @@ def engine(model_folder_05b: Path) -> Iterator[InProcessEngine]:
         yield engine
 
 
+@pytest.mark.slow
 def test_what_the_model_writes_is_a_valid_list_or_out_of_budget(engine: InProcessEngine, long_run: bool) -> None:
     num_ended = 0
     for text, name in list(zip(FUNCTIONS, NAMES, strict=True))[: None if long_run else 2]:

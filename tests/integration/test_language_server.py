@@ -609,6 +609,26 @@ def test_settings_come_from_the_client_and_a_bad_one_is_named(start: Callable[..
     assert client.command("planpatch.status")["apply"] == "direct", "a client that answers is asked"
 
 
+def test_a_client_that_tells_of_its_settings_at_once_has_the_model_loaded_once(
+    start: Callable[..., LspClient], workspace: Path
+) -> None:
+    client = start(settings={"model": "qwen2.5-coder-0.5b-instruct"})
+
+    def tell(_params: Any) -> None:
+        for _ in range(3):
+            client.notify("workspace/didChangeConfiguration", {"settings": None})
+
+    def answer_late(params: Any) -> list[Any]:
+        time.sleep(0.1)
+        return [client.settings for _ in params["items"]]
+
+    client.answers |= {"client/registerCapability": tell, "workspace/configuration": answer_late}
+    opened(client, workspace, options={"settings": client.settings})
+    client.wait_for(lambda: "loads the model" in client.errors())
+    time.sleep(0.6)
+    assert client.errors().count("loads the model") == 1, client.errors()
+
+
 def test_each_workspace_folder_has_its_own_presets_and_folders_come_and_go(
     start: Callable[..., LspClient], tmp_path: Path
 ) -> None:
@@ -750,12 +770,13 @@ def test_a_download_ends_with_its_progress_with_another_model_and_with_the_serve
 
 @pytest.mark.slow
 def test_a_library_that_writes_to_stdout_leaves_the_protocol_alone(
-    start: Callable[..., LspClient], workspace: Path
+    start: Callable[..., LspClient], workspace: Path, long_run: bool
 ) -> None:
-    client = start(env={"NOISE": "1"})
+    megabytes = 100 if long_run else 20
+    client = start(env={"NOISE": str(megabytes)})
     uri = opened(client, workspace)
     assert ask_for_patch(client, uri)["state"] == "done"
-    client.wait_for(lambda: len(client.stderr) > 100_000_000, 60)
+    client.wait_for(lambda: len(client.stderr) > megabytes * 1_000_000, 120)
     assert client.titles(uri, 5) != []
     seen = bytes(client.stderr[:20_000_000])
     assert seen.count(b"Content-Length: 5\r\n\r\nhello") == 2

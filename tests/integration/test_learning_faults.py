@@ -24,7 +24,7 @@ from training.journal import bring_up_to_date
 from training.journal_file import JournalFile
 
 LONG = os.environ.get("PLANPATCH_LONG") == "1"
-NUM_KILLS = 200 if LONG else 12
+NUM_KILLS = 200 if LONG else 6
 ROOT = Path(__file__).parents[2]
 
 

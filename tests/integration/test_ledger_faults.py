@@ -20,7 +20,7 @@ from engine.errors import LedgerError
 from engine.patching.ledger import Ledger, State
 from tests.integration.ledger_worker import BASES, proposal, versions
 
-NUM_KILLS = 1_000 if os.environ.get("PLANPATCH_LONG") == "1" else 50
+NUM_KILLS = 1_000 if os.environ.get("PLANPATCH_LONG") == "1" else 25
 ROOT = Path(__file__).parents[2]
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and mounts as POSIX has them")

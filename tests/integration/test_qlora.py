@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def kill_at(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError("".join(said))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_has_the_losses_of_one_that_is_not(base: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
@@ -361,6 +362,12 @@ def test_a_missing_package_gives_the_command_that_installs_it(
     with pytest.raises(EnvironmentFault, match="not installed") as caught:
         qlora.train(request_of(base, tmp_path), lambda _: None)
     assert caught.value.hint == f'{sys.executable} -m pip install "trl>=1.14,<2" "datasets>=4.7"'
+
+
+def test_another_gpu_than_the_first_is_refused_with_the_way_to_take_it(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes the first GPU, not cuda:1") as caught:
+        qlora.plan_job(replace(request_of(base, tmp_path), device="cuda:1"))
+    assert "CUDA_VISIBLE_DEVICES=1 planpatch train qlora" in caught.value.hint
 
 
 def test_rows_that_gpus_cannot_share_are_refused(base: Path, tmp_path: Path) -> None:

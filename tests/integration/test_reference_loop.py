@@ -32,7 +32,7 @@ from engine.inference.protocol import (
     Token,
     complete,
 )
-from engine.inference.reference import reference_generate, reference_step
+from engine.inference.reference import reference_check, reference_generate, reference_step
 from engine.patching.patcher import Patcher, PatcherOptions
 from engine.patching.scopes import find_scope
 from engine.patching.source import Source
@@ -131,29 +131,17 @@ def fp32(model_folder_05b: Path) -> Iterator[Bench]:
 
 
 def check_equal(bench: Bench, prompt: Sequence[int], params: SamplingParams, completion: Completion) -> None:
-    """Every token is the reference's; a quick run looks at every fourth place and at the end, each from scratch."""
+    """Every token is the reference's: in a long run by the loop, else by one pass over the whole text."""
+    generated, end = completion.token_ids, bench.engine.tokenizer.eos_token_ids
     if LONG:
         expected = [step.token_id for step in bench.reference(prompt, params)]
-        assert list(completion.token_ids) == expected, (completion.text, bench.engine.tokenizer.decode(expected))
-        return
-    matcher, generated = bench.matcher(params), completion.token_ids
-    for place in range(len(generated) + 1):
-        if matcher is not None and matcher.is_complete:
-            assert place == len(generated)
-            return
-        if place % 4 == 0 or place >= len(generated) - 1:
-            step = reference_step(
-                bench.plain.model,
-                [*prompt, *generated[:place]],
-                repetition_penalty=params.repetition_penalty,
-                allowed=matcher.allowed() if matcher else None,
-            )
-            if place < len(generated):
-                assert generated[place] == step.token_id, (completion.text, place)
-            elif completion.finish_reason is FinishReason.STOP:
-                assert step.token_id in bench.engine.tokenizer.eos_token_ids, completion.text
-        if matcher is not None and place < len(generated):
-            matcher.advance(generated[place])
+    else:
+        penalty, matcher = params.repetition_penalty, bench.matcher(params)
+        steps = reference_check(bench.plain.model, prompt, generated, repetition_penalty=penalty, matcher=matcher)
+        expected = [step.token_id for step in steps]
+        if len(expected) > len(generated):  # a grammar has not ended the text
+            assert (expected.pop() in end) or completion.finish_reason is not FinishReason.STOP, completion.text
+    assert list(generated) == expected, (completion.text, bench.engine.tokenizer.decode(expected))
     assert len(generated) == params.max_new_tokens or completion.finish_reason is FinishReason.STOP
 
 
@@ -198,7 +186,10 @@ def test_the_likeliest_tokens_and_what_follows_a_second_choice_equal_the_referen
     params = SamplingParams(max_new_tokens=length(8, 32), repetition_penalty=1.1, top_logprobs=2)
     prompt = fp32.prompt(TEXTS[0])
     completion = fp32.generate(prompt, params)
-    steps = fp32.reference(prompt, params)
+    check_equal(fp32, prompt, params, completion)
+    steps = reference_check(fp32.plain.model, prompt, completion.token_ids, repetition_penalty=1.1)[
+        : params.max_new_tokens
+    ]
     assert [top[0].token_id for top in completion.top_logprobs] == [step.token_id for step in steps]
     leads = [first.logprob - second.logprob for first, second in completion.top_logprobs]
     assert leads == pytest.approx([step.gap for step in steps], abs=1e-3)

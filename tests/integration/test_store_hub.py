@@ -87,6 +87,7 @@ def test_bytes_that_are_not_what_the_hub_says_are_refused(hub: Hub, store: Model
     assert store.pull(resolve("org/tiny"))
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_ends_whole_or_not_at_all(hub: Hub, store: ModelStore) -> None:
     hub.repositories["org/big"] = big_model()
     hub.broken_downloads = 1000

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,45 @@ def test_too_little_memory_that_nobody_holds_is_told_apart(tmp_path: Path) -> No
 def test_a_library_that_fails_leaves_the_server_alive(tmp_path: Path) -> None:
     host, _ = loaded(FakeSession(tmp_path, RuntimeError("no kernel image")))
     assert host.status.message == "The model cannot be loaded: RuntimeError: no kernel image"
+
+
+class TwoModels:
+    """A session whose model takes a while to read; it notes who reads at once."""
+
+    now, most, read = 0, 0, 0
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.paths = Paths(folder, folder / "none.toml")
+        self.name = name
+
+    def model_ref(self) -> Any:
+        return SimpleNamespace(name=self.name)
+
+    def local_model(self, ref: Any, progress: Any, *, pull: bool) -> Any:
+        return SimpleNamespace(name=self.name)
+
+    def engine(self, local: Any, ref: Any) -> Any:
+        def wait() -> None:
+            TwoModels.now, TwoModels.read = TwoModels.now + 1, TwoModels.read + 1
+            TwoModels.most = max(TwoModels.most, TwoModels.now)
+            time.sleep(0.2)
+
+        def close() -> None:
+            TwoModels.now -= 1
+
+        return SimpleNamespace(wait_until_ready=wait, close=close, status=lambda: SimpleNamespace(state="ready"))
+
+
+def test_models_are_read_one_at_a_time_and_those_not_wanted_any_more_not_at_all(tmp_path: Path) -> None:
+    """VS Code's settings came twice, two threads imported transformers at once, and every second start failed."""
+    host = ModelHost(lambda status: None)
+    for name in ("first", "second", "third"):
+        host.start(TwoModels(tmp_path, name))  # type: ignore[arg-type]
+        time.sleep(0.05)
+    host.wait(threading.Event())
+    assert (host.status.model, TwoModels.most, TwoModels.read) == ("third", 1, 2)
+    host.close()
+    assert TwoModels.now == 0
 
 
 def test_a_wait_ends_when_its_job_is_cancelled() -> None:

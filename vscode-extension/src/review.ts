@@ -23,6 +23,7 @@ interface Shown {
 export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
   private readonly shown = new Map<string, Shown>();
   private readonly loading = new Map<string, Promise<Shown | null>>();
+  private readonly saidToWait = new Map<string, vscode.Disposable>();
   private readonly lensesChanged = new vscode.EventEmitter<void>();
   readonly onDidChangeCodeLenses = this.lensesChanged.event;
   /** The last refusal for each document, as the argument that asks again. */
@@ -64,6 +65,8 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     const offered = new Set(this.connection.status?.pending ?? []);
     for (const [id, { review }] of this.shown) {
       if (!offered.has(id)) {
+        this.saidToWait.get(id)?.dispose();
+        this.saidToWait.delete(id);
         review.withdrawn();
         await this.removeIfGone(id);
       }
@@ -127,7 +130,10 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     } else if (this.connection.own.review === "diff") {
       await keepFocus(() => this.showDiff(id));
     }
-    vscode.window.setStatusBarMessage(t("PlanPatch: a patch waits in {0}", entryName(shown.entry)), 5000);
+    if (this.connection.status?.pending.includes(id) === true) {
+      const waits = t("PlanPatch: a patch waits in {0}", entryName(shown.entry));
+      this.saidToWait.set(id, vscode.window.setStatusBarMessage(waits, 5000));
+    }
   }
 
   /** From the plan that it was made from to its first hunk; whoever works elsewhere by now stays there. */
