@@ -249,6 +249,8 @@ class ModelHost:
             self._found(generation, local)
             with self._reading:
                 self._read(generation, session, local, ref)
+        except CancelledError:
+            log.info("the model is not fetched any further")  # whoever ended that has told what is now
         except PlanPatchError as error:
             state: HostState = "absent" if error.details.get("absent") else "failed"
             holders = other_holders(session.paths.servers) if "needed_bytes" in error.details else []
