@@ -190,7 +190,7 @@ SHORTER = "def f(a):\n    # one\n    return a - 1\n    return a\n\n\ndef g():\n 
     [
         (SHORTER, "def f(a):\n    # one\n    return a - 1\n", "f", ("    return a\n", "    return -a\n")),
         (SHORTER, "def f(a):\n    # one\n    return a - 1\n", "f", ("return 2", "return 3")),
-        ("import os\n\nx = 1\n\n" + SHORTER, SHORTER, "", ("return 2", "return 3")),
+        ("import os\n\nx = 1\n\n" + SHORTER, SHORTER, "", ("x = 1", "x = 2")),
         ("@cached\n" + SHORTER, SHORTER[:48], "f", ("@cached", "@other")),
     ],
 )

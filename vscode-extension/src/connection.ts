@@ -155,6 +155,11 @@ export class Connection implements vscode.Disposable {
     return await this.command<Status>("planpatch.status", uri === undefined ? {} : { uri: this.uriText(uri) });
   }
 
+  /** What the server is doing, and what a plan or a patch with this argument would change. */
+  async askAbout({ uri, range, position }: Argument): Promise<Status> {
+    return await this.command<Status>("planpatch.status", { uri, range, position });
+  }
+
   /** A URI as the client writes it to the server. */
   uriText(uri: vscode.Uri): string {
     return this.client?.code2ProtocolConverter.asUri(uri) ?? uri.toString();

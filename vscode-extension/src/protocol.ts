@@ -119,6 +119,8 @@ export interface Status {
   training?: { run: string; step: number; numSteps: number; leftS: number | null } | null;
   presets?: Record<string, string>;
   plans?: { function: string; file: string; intent: string }[];
+  /** Where a place was asked about: what would be changed there, the function empty for the whole file. */
+  target?: { function: string; title: string } | null;
 }
 
 export interface Place {
