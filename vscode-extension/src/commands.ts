@@ -14,6 +14,7 @@ import type { Adapters, Argument, Entry, Job, ModelInfo, Models } from "./protoc
 import { openDiff, type Reviews } from "./review";
 import { bytes, evaluationWords } from "./statusModel";
 import type { StatusView } from "./statusView";
+import { failureOf } from "./failures";
 import { said, serverError, tellFailure } from "./telling";
 import { SCHEME, type Texts } from "./texts";
 
@@ -94,7 +95,13 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   // --- writing --------------------------------------------------------------------------------------------------------------
 
   async function generate(command: "planpatch.plan" | "planpatch.patch", given?: Argument): Promise<Job | undefined> {
-    const argument = await complete(connection, command, given?.uri === undefined ? placeArgument() : given, history);
+    const place = given?.uri === undefined ? placeArgument() : given;
+    const failure = connection.status === null ? null : failureOf(connection.status);
+    if (failure !== null) {
+      tellFailure(failure); // before anything is typed
+      return undefined;
+    }
+    const argument = await complete(connection, command, place, history);
     return argument === undefined ? undefined : await connection.job(command, argument);
   }
 
