@@ -137,6 +137,7 @@ class Jobs:
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         try:
             await asyncio.sleep(self._begin_after_s)
+            self._on_change(job)  # that it waits: whoever shows jobs can cancel it
             self.check(job)
             await work(job)
             self.change(job, "done")

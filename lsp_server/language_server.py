@@ -536,6 +536,7 @@ class PlanPatchServer(LanguageServer):
         plans = [] if path is None else await asyncio.to_thread(self.bench.plans.of, path)
         return {
             **self.bench.status(),
+            **({"target": await self.bench.target_of(argument)} if argument.keys() & {"position", "range"} else {}),
             "apply": settings.apply,
             "presets": {preset.name: preset.title for preset in settings.presets.values()},
             "plans": [{"function": one.function, "file": str(one.file), "intent": one.intent} for one in plans],

@@ -98,14 +98,16 @@ class Watch:
         Returns:
             `undone`, `redone` or None.
         """
-        if self.has_diverged:
-            expected, finding = (self.whole_patched, "redone") if self.is_undone else (self.whole_base, "undone")
-            return finding if text == expected else None
-        if not self.is_undone:
-            is_out = text == self.whole_base or (self.patched not in text and self.base in text)
-            return "undone" if is_out else None
-        is_in = text == self.whole_patched or (self.patched in text and self.base not in text)
-        return "redone" if is_in else None
+        whole, part, other, finding = (
+            (self.whole_patched, self.patched, self.base, "redone")
+            if self.is_undone
+            else (self.whole_base, self.base, self.patched, "undone")
+        )
+        if text == whole:
+            return finding
+        if self.has_diverged or not self.scope:
+            return None
+        return finding if _has_whole(text, part) and not _has_whole(text, other) else None
 
     def judge(self, current: Source) -> Finding:
         """What became of the patch; parses the file.
@@ -160,6 +162,26 @@ def _changed_on_disk(entry: Entry) -> bytes | None:
 def normalised(text: str) -> str:
     r"""A text as two editors agree on it: no byte-order mark, lines ended by \n."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _has_whole(text: str, definition: str) -> bool:
+    """Whether a function or class is in a text as it is: with no line of it before or behind that it lacks.
+
+    Looked for by indentation alone. A patch that deletes the last lines of a function leaves what is the beginning of
+    the function before, so that the one text is in the other.
+    """
+    indent = len(definition) - len(definition.lstrip(" \t\f"))
+    at = text.find(definition)
+    while at >= 0:
+        before, behind = text[:at].rstrip("\n"), text[at + len(definition) :]
+        above = before.rpartition("\n")[2]
+        below = next((line for line in behind.split("\n", 20)[1:] if line.strip()), "")
+        is_line = (at == 0 or text[at - 1] == "\n") and behind[:1] in ("", "\n")
+        is_decorated = above.lstrip(" \t\f").startswith("@")
+        if is_line and not is_decorated and len(below) - len(below.lstrip(" \t\f")) <= indent:
+            return True
+        at = text.find(definition, at + 1)
+    return False
 
 
 def _text(source: Source, start_line: int, end_line: int) -> str:

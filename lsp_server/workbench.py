@@ -303,6 +303,21 @@ class Workbench:
         work = partial(self._patch, target, intent, is_directive, plan, dict(argument))
         return self.jobs.start("patch", f"patch for {target.title}", work, uri=target.uri, function=target.function)
 
+    async def target_of(self, argument: Mapping[str, Any]) -> dict[str, str] | None:
+        """What a plan or a patch with this argument would change.
+
+        Args:
+            argument: `uri` and `range` or `position`.
+
+        Returns:
+            `{function, title}`, the function empty for the whole file; None where nothing can be changed.
+        """
+        try:
+            target = await self._target(argument)
+        except PlanPatchError:
+            return None  # why not, the command itself says
+        return {"function": target.function, "title": target.title}
+
     async def _target(self, argument: Mapping[str, Any]) -> Target:
         """The document's text as it is now, and the scope that is meant."""
         uri = text_argument(argument, "uri")

@@ -17,6 +17,7 @@ from engine.patching.edits import Edit, apply_edits, new_lines
 from engine.patching.scopes import ParseFault, Scope, definitions, parse_text, shared_tree, standalone_text
 from engine.patching.source import Source
 
+_MOST_NAMED = 5
 _LIKENESS_OF_REWORDED = 0.6
 
 
@@ -34,12 +35,36 @@ def notices(source: Source, scope: Scope, edits: Sequence[Edit]) -> list[str]:
     before, after = source.lines[scope.start_line - 1 : scope.end_line], _lines_after(source, scope, edits)
     own = "" if scope.kind == "module" else scope.name
     texts = standalone_text(before, scope.indent), standalone_text(after, scope.indent)
-    lost = removed(*texts, own)
+    lost, gone = removed(*texts, own), removed_definitions(*texts)
     return [
         *_fault_elsewhere(source, scope),
+        *([f"the patch removes {', '.join(gone)}"] if gone else []),
         *([f"the patch removes {lost}"] if lost else []),
         *(f"after the patch `{name}` never returns a value, and it did before" for name in no_longer_returning(*texts)),
     ]
+
+
+def removed_definitions(old: str, new: str) -> list[str]:
+    """Functions and classes that others may use and that are gone, or have another name.
+
+    What was in one that is gone is left out, as is what is local to a function.
+
+    Args:
+        old: Python text.
+        new: What became of it.
+
+    Returns:
+        Their qualified names in backticks, the last one `3 more` where there are many; none if one does not parse.
+    """
+    try:
+        before, after = (dict(definitions(shared_tree(text))) for text in (old, new))
+    except ParseFault:
+        return []
+    gone = [name for name in before if name not in after]
+    inside = [*gone, *(name for name, node in before.items() if not isinstance(node, ast.ClassDef))]
+    outermost = [name for name in gone if not any(name.startswith(f"{other}.") for other in inside)]
+    named = [f"`{name}`" for name in outermost[:_MOST_NAMED]]
+    return [*named, f"{len(outermost) - _MOST_NAMED} more"] if len(outermost) > _MOST_NAMED else named
 
 
 def no_longer_returning(old: str, new: str) -> list[str]:

@@ -145,7 +145,7 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
 
         code.go_to(7)
         code.press("Control+Alt+P")
-        code.wait_for(".quick-input-widget", "plan a change")
+        code.wait_for(".quick-input-widget", "plan a change to summary")
         code.type("use += in the first loop and return a dictionary")
         picture(code, "1-intent")
         code.press("Enter")

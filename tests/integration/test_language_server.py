@@ -629,6 +629,23 @@ def test_a_client_that_tells_of_its_settings_at_once_has_the_model_loaded_once(
     assert client.errors().count("loads the model") == 1, client.errors()
 
 
+def test_what_would_be_changed_at_a_place_is_told(start: Callable[..., LspClient], workspace: Path) -> None:
+    client = start()
+    uri = opened(client, workspace)
+
+    def target(line: int) -> Any:
+        return client.command("planpatch.status", {"uri": uri, "position": {"line": line, "character": 0}})["target"]
+
+    lines = TEXT.splitlines()
+    inside = next(number for number, line in enumerate(lines) if line.startswith("    return"))
+    found = [target(number) for number in range(len(lines))]
+    assert {"function": "", "title": "the whole file"} in found
+    assert found[inside]["function"] == found[inside]["title"] != ""
+    assert client.command("planpatch.status", {"uri": uri}).keys().isdisjoint({"target"})
+    nowhere = {"uri": "file:///not/open.py", "position": {"line": 0, "character": 0}}
+    assert client.command("planpatch.status", nowhere)["target"] is None
+
+
 def test_each_workspace_folder_has_its_own_presets_and_folders_come_and_go(
     start: Callable[..., LspClient], tmp_path: Path
 ) -> None:

@@ -155,3 +155,14 @@ def test_a_function_that_returns_nothing_any_more_is_named(old: str, new: str, l
 def test_a_lost_value_is_told_with_its_function() -> None:
     after = OLD.replace("    return sum(map(longest, names)), text\n", "    print(longest, text)\n")
     assert told(OLD, after, "size") == ["after the patch `size` never returns a value, and it did before"]
+
+
+def test_functions_and_classes_that_are_gone_are_named_outermost_first() -> None:
+    """A patch of a whole file deleted a class and a function, and nothing but its docstring was missed."""
+    before = "def total(a):\n    pass\n\n\nclass Cart:\n    def add(self):\n        pass\n\n\ndef clamp(x):\n    pass\n"
+    assert told(before, "def clamp(x):\n    return x\n", None) == ["the patch removes `total`, `Cart`"]
+    assert told(before, before.replace("add", "put"), None) == ["the patch removes `Cart.add`"]
+    many = "".join(f"def f{number}():\n    pass\n" for number in range(8))
+    assert told(many, "x = 1\n", None) == ["the patch removes `f0`, `f1`, `f2`, `f3`, `f4`, 3 more"]
+    nested = "def f():\n    def g():\n        pass\n    return g\n"
+    assert told(nested, "def f():\n    return 1\n", "f") == []

@@ -182,6 +182,52 @@ def test_undo_is_a_reject_also_after_edits_elsewhere_and_after_an_accept(tmp_pat
     at_desk(tmp_path, story)
 
 
+SHORTER = "def f(a):\n    # one\n    return a - 1\n    return a\n\n\ndef g():\n    return 2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "function", "then"),
+    [
+        (SHORTER, "def f(a):\n    # one\n    return a - 1\n", "f", ("    return a\n", "    return -a\n")),
+        (SHORTER, "def f(a):\n    # one\n    return a - 1\n", "f", ("return 2", "return 3")),
+        ("import os\n\nx = 1\n\n" + SHORTER, SHORTER, "", ("x = 1", "x = 2")),
+        ("@cached\n" + SHORTER, SHORTER[:48], "f", ("@cached", "@other")),
+    ],
+)
+def test_a_patch_that_deletes_and_was_rolled_back_is_not_redone_by_an_edit(
+    text: str, answer: str, function: str, then: tuple[str, str], tmp_path: Path
+) -> None:
+    """What it leaves is a part of what was there before; the ledger said that it was applied again."""
+
+    async def story(desk: Desk) -> None:
+        desk.type(text)
+        target = {"function": function} if function else {"position": {"line": 1, "character": 0}}
+        job = await desk.bench.patch({"uri": desk.uri, "intent": "less", **target})
+        await desk.rest()
+        patch_id = str(job.result["patchId"])
+        assert (await desk.entry(patch_id)).standing.is_applied
+        assert len(desk.buffer.text) < len(text)
+        await desk.bench.applier.turn("rollback", patch_id, None)
+        assert desk.buffer.text == text
+        desk.type(text.replace(*then))
+        assert not (await desk.entry(patch_id)).standing.is_applied
+
+    at_desk(tmp_path, story, answer=answer)
+
+
+def test_a_patch_that_adds_is_not_undone_by_an_edit_of_what_it_added(tmp_path: Path) -> None:
+    async def story(desk: Desk) -> None:
+        patch_id = await desk.patch()
+        assert "    return a - 1\n    return 0\n" in desk.buffer.text
+        desk.type(desk.buffer.text.replace("return 0", "return 1"))
+        entry = await desk.entry(patch_id)
+        assert (entry.standing.is_applied, entry.label.value) == (True, "unreviewed")
+        desk.type("# elsewhere\n" + TEXT)
+        assert not (await desk.entry(patch_id)).standing.is_applied
+
+    at_desk(tmp_path, story, answer=ANSWER.replace("return a + 1\n", "return a - 1\n    return 0\n"))
+
+
 def test_a_patch_that_waits_for_review_blocks_the_label(tmp_path: Path) -> None:
     async def story(desk: Desk) -> None:
         patch_id = await desk.patch()

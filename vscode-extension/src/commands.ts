@@ -5,7 +5,7 @@ import { AlreadyTold, type Connection, thisMachine } from "./connection";
 import { findBasePython } from "./discovery";
 import { hasNvidia, InstallError } from "./environment";
 import { History } from "./history";
-import { askForIntent } from "./intent";
+import { askForIntent, type Place } from "./intent";
 import { ServerGone } from "./jobs";
 import { type LedgerView, type Node } from "./ledgerView";
 import { NO_FILTER } from "./ledgerModel";
@@ -14,6 +14,7 @@ import { type Adapters, type Argument, type Entry, type Job, type ModelInfo, typ
 import { openDiff, type Reviews } from "./review";
 import { bytes, cancellable, evaluationWords, type Row } from "./statusModel";
 import type { StatusView } from "./statusView";
+import { failureOf } from "./failures";
 import { said, serverError, tellFailure } from "./telling";
 import { SCHEME, type Texts } from "./texts";
 
@@ -34,7 +35,7 @@ export interface Parts {
 export function registerCommands(context: vscode.ExtensionContext, parts: Parts): void {
   const { connection, texts, reviews, plans, ledger, status } = parts;
   const history = new History(context.globalState, () => connection.own.historySize);
-  connection.complete = (command, argument) => complete(command, argument, history);
+  connection.complete = (command, argument) => complete(connection, command, argument, history);
 
   /** The file of the active editor, also where that shows a diff of it. */
   function activeFile(): vscode.Uri {
@@ -104,7 +105,13 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   // --- writing --------------------------------------------------------------------------------------------------------------
 
   async function generate(command: "planpatch.plan" | "planpatch.patch", given?: Argument): Promise<Job | undefined> {
-    const argument = await complete(command, given?.uri === undefined ? placeArgument() : given, history);
+    const place = given?.uri === undefined ? placeArgument() : given;
+    const failure = connection.status === null ? null : failureOf(connection.status);
+    if (failure !== null) {
+      tellFailure(failure); // before anything is typed
+      return undefined;
+    }
+    const argument = await complete(connection, command, place, history);
     return argument === undefined ? undefined : await connection.job(command, argument);
   }
 
@@ -362,18 +369,44 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
 }
 
 /** Asks what to do where nothing says it yet. */
-async function complete(command: string, argument: Argument, history: History): Promise<Argument | undefined> {
+async function complete(
+  connection: Connection,
+  command: string,
+  argument: Argument,
+  history: History,
+): Promise<Argument | undefined> {
   const isSaid = [argument.intent, argument.preset, argument.diagnostic, argument.planId].some((one) => one !== undefined);
   if (isSaid) {
     return argument;
   }
   const isPlan = command === "planpatch.plan";
-  const intent = await askForIntent(history, isPlan ? t("PlanPatch: plan a change") : t("PlanPatch: make a patch"));
+  const title = isPlan ? t("PlanPatch: plan a change") : t("PlanPatch: make a patch");
+  const intent = await askForIntent(history, title, placeOf(connection, isPlan, argument), mayBeInCode(argument));
   if (intent === undefined) {
     return undefined;
   }
   await history.add(intent);
   return intent === "" ? argument : { ...argument, intent };
+}
+
+/** What would be changed, for the input box. */
+async function placeOf(connection: Connection, isPlan: boolean, argument: Argument): Promise<Place | undefined> {
+  const { target, plans } = await connection.askAbout(argument);
+  if (target === undefined || target === null) {
+    return undefined;
+  }
+  const what = target.function === "" ? t("the whole file") : target.function;
+  return {
+    title: isPlan ? t("PlanPatch: plan a change to {0}", what) : t("PlanPatch: make a patch of {0}", what),
+    hasPlan: plans?.some((one) => one.function === target.function) === true,
+  };
+}
+
+/** Whether a comment in the document may be a request. */
+function mayBeInCode(argument: Argument): boolean {
+  const uri = argument.uri === undefined ? undefined : vscode.Uri.parse(argument.uri).toString();
+  const document = vscode.workspace.textDocuments.find((one) => one.uri.toString() === uri);
+  return document === undefined || /#\s*pp:/i.test(document.getText());
 }
 
 async function pickModel(models: ModelInfo[], current: string, title: string): Promise<string | undefined> {

@@ -162,6 +162,11 @@ export class Connection implements vscode.Disposable {
     return await this.command<Status>("planpatch.status", uri === undefined ? {} : { uri: this.uriText(uri) });
   }
 
+  /** What the server is doing, and what a plan or a patch with this argument would change. */
+  async askAbout({ uri, range, position }: Argument): Promise<Status> {
+    return await this.command<Status>("planpatch.status", { uri, range, position });
+  }
+
   /** A URI as the client writes it to the server. */
   uriText(uri: vscode.Uri): string {
     return this.client?.code2ProtocolConverter.asUri(uri) ?? uri.toString();
@@ -179,13 +184,14 @@ export class Connection implements vscode.Disposable {
       this.launch = await this.find();
       await this.start(this.launch);
     } catch (error) {
+      const said = this.stderr !== "" || this.exit !== null ? startFailure(this.exit, this.stderr).detail : null;
       await this.stop();
       this.setState("failed");
       throw error instanceof NotFoundError
         ? this.fail(error.reason === "setting" ? "badPath" : "notInstalled", error.reason === "setting" ? error.message : "")
         : error instanceof AlreadyTold
           ? error
-          : this.fail("cannotStart", error instanceof Error ? error.message : String(error));
+          : this.fail("cannotStart", `${this.launch?.command ?? ""}: ${said ?? (error as Error).message}`);
     }
   }
 
@@ -367,7 +373,10 @@ export class Connection implements vscode.Disposable {
     if (status.httpProblem !== undefined && status.httpProblem !== this.httpProblem) {
       this.httpProblem = status.httpProblem;
       if (this.httpProblem !== "") {
-        tellFailure({ kind: "portTaken", detail: this.httpProblem });
+        this.log.warn(this.httpProblem); // the status view says it too
+        if (typeof section().port === "number") {
+          tellFailure({ kind: "portTaken", detail: this.httpProblem });
+        }
       }
     }
     this.changed.fire();

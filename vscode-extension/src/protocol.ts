@@ -127,6 +127,8 @@ export interface Status {
   trainingEnd?: TrainingEnd | null;
   presets?: Record<string, string>;
   plans?: { function: string; file: string; intent: string }[];
+  /** Where a place was asked about: what would be changed there, the function empty for the whole file. */
+  target?: { function: string; title: string } | null;
 }
 
 /** `cut off`: killed, and it goes on with `--resume`. */

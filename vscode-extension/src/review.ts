@@ -293,9 +293,19 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
         if (chosen === keep) {
           void vscode.commands.executeCommand("planpatch.ui.keep", entry.id);
         } else if (chosen === back) {
-          void vscode.commands.executeCommand("planpatch.ui.rollback", entry.id);
+          this.connection.inBackground(this.rollBack(entry));
         }
       });
+  }
+
+  /** The message stays where the user undid the patch meanwhile. */
+  private async rollBack(entry: Entry): Promise<void> {
+    const now = await this.connection.command<Entry>("planpatch.ledger", { patchId: entry.id });
+    if (now.state === "applied" || now.state === "accepted" || now.state === "diverged") {
+      await vscode.commands.executeCommand("planpatch.ui.rollback", entry.id);
+    } else {
+      vscode.window.setStatusBarMessage(t("PlanPatch: it is not in {0} any more.", entryName(entry)), 5000);
+    }
   }
 
   /** The editor's own preview, hunk by hunk; what is left ticked there is applied. */
