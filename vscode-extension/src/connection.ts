@@ -367,7 +367,8 @@ export class Connection implements vscode.Disposable {
     }
     this.current = status;
     const failure = failureOf(status);
-    if (this.told.isNew(failure) && failure !== null) {
+    const isKnown = status.reason === "cancelled"; // a download, by the user
+    if (this.told.isNew(failure) && failure !== null && !isKnown) {
       tellFailure(failure);
     }
     if (status.httpProblem !== undefined && status.httpProblem !== this.httpProblem) {

@@ -58,9 +58,6 @@ export interface Failure {
 export function failureOf(status: Status): Failure | null {
   const detail = [status.message, status.hint].filter((part) => part !== "").join(". ");
   if (status.state === "absent") {
-    if (status.reason === "cancelled") {
-      return null; // by the user, who knows
-    }
     return { kind: "noModel", detail: status.message }; // the hint is the button
   }
   if (status.state === "failed") {

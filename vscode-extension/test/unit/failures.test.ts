@@ -16,7 +16,7 @@ describe("what a status says", () => {
     [{ state: "loading", message: "31%" }, undefined],
     [{ state: "off" }, undefined],
     [{ state: "absent", message: "not here", hint: "pull it" }, "noModel"],
-    [{ state: "absent", reason: "cancelled", message: "cancelled by the user" }, undefined],
+    [{ state: "absent", reason: "cancelled", message: "cancelled by the user" }, "noModel"],
     [{ state: "failed", reason: "memory" }, "noMemory"],
     [{ state: "failed", reason: "held" }, "held"],
     [{ state: "failed", reason: "", message: "no kernel image" }, "modelFailed"],
