@@ -66,6 +66,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     previousHunk: () => reviews.goTo(-1),
     showDiff: (which) => showDiff(which),
     retry: (which) => retry(which as { patchId?: string; uri?: string } | undefined),
+    again: (which) => again(needId(which)),
     // history
     rollback: (which) => turn("planpatch.rollback", which),
     redo: (which) => turn("planpatch.redo", which),
@@ -229,6 +230,15 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     await connection.job("planpatch.patch", { ...argument, feedback: { reason, hint }, fresh: true });
   }
 
+  /** The same request for the text as it is now. */
+  async function again(id: string): Promise<void> {
+    const known = reviews.find(id);
+    if (known === null) {
+      throw new UserError(t("There is no patch to try again here."));
+    }
+    await connection.job("planpatch.patch", await argumentOf(known.entry, known.uri));
+  }
+
   async function argumentOf(entry: Entry, uri: vscode.Uri): Promise<Argument> {
     const document = await vscode.workspace.openTextDocument(uri);
     return { uri: connection.uriText(uri), ...scopeArgument(entry.scope, document), intent: entry.intent };
@@ -285,7 +295,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     const { adapters } = await connection.command<Adapters>("planpatch.adapter");
     const items = [
       { label: t("Automatic"), description: "auto", detail: t("The adapter that training promoted"), name: "auto" },
-      { label: t("Base model"), description: "__none__", detail: t("No adapter"), name: "__none__" },
+      { label: t("Base model"), description: "", detail: t("No adapter"), name: "__none__" },
       ...adapters.map((one) => ({
         label: `${one.used ? "$(check) " : ""}${one.folder.split(/[\\/]/).at(-1) ?? one.folder}`,
         description: one.base,

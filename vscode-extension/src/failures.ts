@@ -70,7 +70,7 @@ export function failureOf(status: Status): Failure | null {
 /** What the end of a server that never answered says. */
 export function startFailure(exit: number | string | null, stderr: string): Failure {
   const lines = stderr.trim().split(/\r?\n/).filter((line) => line.trim() !== "");
-  const detail = lines.slice(-3).join("\n") || `exit code ${exit ?? "unknown"}`;
+  const detail = lines.slice(-3).join("\n") || (typeof exit === "string" ? `ended by ${exit}` : `exit code ${exit ?? "unknown"}`);
   return { kind: /No module named '?"?lsp_server/.test(stderr) ? "notInstalled" : "cannotStart", detail };
 }
 

@@ -276,6 +276,22 @@ function gateWords(gate: Gate): string {
   return gate.ok ? t("passed") : gate.reason;
 }
 
+/** What a gate asks of a patch. */
+function gateMeaning(gate: string): string {
+  const meanings: Record<string, string> = {
+    fresh: t("made for the text as it is"),
+    schema: t("the edits are a valid list"),
+    anchors: t("each edit's place is found by its text"),
+    ast: t("the result is valid Python"),
+    libcst: t("a second parser reads it too"),
+    scope: t("nothing outside changes"),
+    names: t("no name becomes undefined"),
+    change: t("something changes"),
+    layout: t("newlines, indentation and encoding are kept"),
+  };
+  return meanings[gate] ?? gate;
+}
+
 function timeOf(at: string): string {
   return new Date(at).toLocaleString(vscode.env.language, { dateStyle: "short", timeStyle: "medium" });
 }
@@ -308,7 +324,7 @@ function whyText(entry: Entry, title: string): string {
   }
   lines.push(`## ${t("Gates")}`, "");
   for (const gate of entry.gates) {
-    lines.push(`- ${gate.ok ? "✓" : "✗"} **${gate.gate}**: ${gateWords(gate)}`);
+    lines.push(`- ${gate.ok ? "✓" : "✗"} **${gate.gate}** (${gateMeaning(gate.gate)}): ${gateWords(gate)}`);
   }
   if (entry.gates.length === 0) {
     lines.push(t("No gate was reached."));

@@ -120,10 +120,11 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
       return;
     }
     const doubts = job.patch?.second_choice === true ? [t("It is the model's second choice: look at it first.")] : [];
-    if (shown.review.phase === "stale") {
-      doubts.push(t("The text changed while it was written: ask again, or undo your change."));
-    }
     [...doubts, ...warnings].forEach((doubt) => void vscode.window.showWarningMessage(`PlanPatch: ${doubt}`));
+    if (shown.review.phase === "stale") {
+      this.tellStale(shown.entry);
+      return;
+    }
     await this.moveToFile(shown);
     if (this.connection.own.review === "preview") {
       await this.preview(id);
@@ -136,10 +137,26 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     }
   }
 
+  private tellStale(entry: Entry): void {
+    const message = t("The text changed while it was written: ask again, or undo your change.");
+    const again = t("Ask Again");
+    void vscode.window.showWarningMessage(`PlanPatch: ${message}`, again).then((chosen) => {
+      if (chosen === again) {
+        void vscode.commands.executeCommand("planpatch.ui.again", entry.id);
+      }
+    });
+  }
+
   /** From the plan that it was made from to its first hunk; whoever works elsewhere by now stays there. */
   private async moveToFile({ entry, uri }: Shown): Promise<void> {
     const active = vscode.window.activeTextEditor?.document;
     const edit = entry.edits[0];
+    if (active !== undefined && edit !== undefined && key(active.uri) === key(uri)) {
+      const line = lensLine(edit, active.lineCount);
+      const place = new vscode.Range(line, 0, line, 0);
+      vscode.window.activeTextEditor?.revealRange(place, vscode.TextEditorRevealType.InCenterIfOutsideViewport);
+      return;
+    }
     if (active?.languageId !== "markdown" || edit === undefined || planMark(active.lineAt(0).text) === null) {
       return;
     }
