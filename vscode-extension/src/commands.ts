@@ -65,8 +65,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     nextHunk: () => reviews.goTo(1),
     previousHunk: () => reviews.goTo(-1),
     showDiff: (which) => showDiff(which),
-    retry: (which) => retry(which as { patchId?: string; uri?: string } | undefined),
-    again: (which) => again(needId(which)),
+    retry: (which) => retry(which as { patchId?: string; uri?: string; asItWas?: boolean } | undefined),
     // history
     rollback: (which) => turn("planpatch.rollback", which),
     redo: (which) => turn("planpatch.redo", which),
@@ -209,13 +208,17 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
   }
 
   /** Ask again, with what was wrong: of a patch that waits, else of the last one that was refused in the file. */
-  async function retry(which?: { patchId?: string; uri?: string }): Promise<void> {
+  async function retry(which?: { patchId?: string; uri?: string; asItWas?: boolean }): Promise<void> {
     const pending = which?.uri === undefined ? reviews.find(which?.patchId) : null;
     const uri = which?.uri === undefined ? vscode.window.activeTextEditor?.document.uri : vscode.Uri.parse(which.uri);
     const refused = pending === null && uri !== undefined ? reviews.refusal(uri) : undefined;
     const before = refused === undefined ? undefined : connection.argumentOf(refused.jobId);
     if (pending === null && before === undefined) {
       throw new UserError(t("There is no patch to try again here."));
+    }
+    if (which?.asItWas === true && pending !== null) {
+      await connection.job("planpatch.patch", await argumentOf(pending.entry, pending.uri)); // for the text as it is now
+      return;
     }
     const hint = await vscode.window.showInputBox({
       title: t("PlanPatch: retry with feedback"),
@@ -228,15 +231,6 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
     const reason = refused?.error?.message ?? "The user did not accept the last patch.";
     const argument = pending === null ? before : await argumentOf(pending.entry, pending.uri);
     await connection.job("planpatch.patch", { ...argument, feedback: { reason, hint }, fresh: true });
-  }
-
-  /** The same request for the text as it is now. */
-  async function again(id: string): Promise<void> {
-    const known = reviews.find(id);
-    if (known === null) {
-      throw new UserError(t("There is no patch to try again here."));
-    }
-    await connection.job("planpatch.patch", await argumentOf(known.entry, known.uri));
   }
 
   async function argumentOf(entry: Entry, uri: vscode.Uri): Promise<Argument> {

@@ -142,7 +142,7 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
     const again = t("Ask Again");
     void vscode.window.showWarningMessage(`PlanPatch: ${message}`, again).then((chosen) => {
       if (chosen === again) {
-        void vscode.commands.executeCommand("planpatch.ui.again", entry.id);
+        void vscode.commands.executeCommand("planpatch.ui.retry", { patchId: entry.id, asItWas: true });
       }
     });
   }
