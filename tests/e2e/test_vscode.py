@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +199,18 @@ def test_a_function_is_planned_patched_by_hunk_undone_and_rolled_back_after_a_re
 
 
 def install_in_window(code: VSCode, vsix: Path) -> None:
-    """Install an extension as a user does, from its file."""
-    line = ".quick-input-list .monaco-list-row"
+    """Install an extension as a user does; the dialog overwrites what is typed while it lists a folder."""
+    dialog, line = ".quick-input-widget", ".quick-input-list .monaco-list-row"
     code.run("Extensions: Install from VSIX")
-    code.wait_for(line, "..")  # until its folder is listed it overwrites what is typed
-    code.fill(str(vsix))
-    code.wait_for(line, vsix.name)
-    code.press("Enter")
+    for _ in range(5):
+        with suppress(AssertionError):
+            code.wait_for(line, "..", 20)
+            code.fill(str(vsix))
+            code.wait_for(line, vsix.name, 10)
+            code.press("Enter")
+            code.wait_until_gone(dialog, limit_s=10)
+        if not code.sees(dialog):
+            break
     code.wait_for(TOAST, "Completed installing")
 
 
