@@ -338,7 +338,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
       await vscode.window.withProgress(options, async (progress, token) => {
         const abort = new AbortController();
         token.onCancellationRequested(() => abort.abort());
-        await connection.environment.install({
+        const installed = connection.environment.install({
           basePython: python,
           requirement: serverPackage,
           pipArgs: serverPipArgs,
@@ -347,6 +347,7 @@ export function registerCommands(context: vscode.ExtensionContext, parts: Parts)
           progress: (step) => progress.report({ message: installWords(step) }),
           signal: abort.signal,
         });
+        await connection.startsAfter(installed);
       });
     } catch (error) {
       if (!(error instanceof InstallError)) {

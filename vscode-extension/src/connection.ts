@@ -411,6 +411,20 @@ export class Connection implements vscode.Disposable {
     this.changed.fire();
   }
 
+  /** It is on its way while its environment is made; where that fails, it is as it was. */
+  async startsAfter(work: Promise<unknown>): Promise<void> {
+    const before = this.stateNow;
+    if (before !== "running") {
+      this.setState("starting");
+    }
+    try {
+      await work;
+    } catch (error) {
+      this.setState(before);
+      throw error;
+    }
+  }
+
   private setState(state: ConnectionState): void {
     this.stateNow = state;
     void vscode.commands.executeCommand("setContext", "planpatch.state", state);
