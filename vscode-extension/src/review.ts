@@ -63,10 +63,14 @@ export class Reviews implements vscode.CodeLensProvider, vscode.HoverProvider {
   /** Have what the server offers, and nothing else. */
   private async follow(): Promise<void> {
     const offered = new Set(this.connection.status?.pending ?? []);
+    for (const [id, message] of this.saidToWait) {
+      if (!offered.has(id)) {
+        message.dispose();
+        this.saidToWait.delete(id);
+      }
+    }
     for (const [id, { review }] of this.shown) {
       if (!offered.has(id)) {
-        this.saidToWait.get(id)?.dispose();
-        this.saidToWait.delete(id);
         review.withdrawn();
         await this.removeIfGone(id);
       }
