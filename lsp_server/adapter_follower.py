@@ -45,20 +45,24 @@ class AdapterFollower:
     def _follow(self) -> None:
         seen: object = None
         while not self._stop.wait(_LOOK_EVERY_S):
-            engine = self._host.engine_or_none
-            now = (id(engine), self._stamp())
-            if engine is None or now == seen:
-                continue
-            seen = now  # also where it fails: that is told once
-            try:
-                local = self._host.local_or_none
-                folder = self._session_of().adapter(None if local is None else local.hub_id)
-                name = str(folder) if folder else None
-                if name != engine.status().adapter:
-                    engine.use_adapter(name)
-                    self._tell(f"the adapter {folder.name} is used from now on" if folder else _WITHOUT, True)
-            except PlanPatchError as error:
-                self._tell(f"the adapter stays as it is: {error.message}", False)
+            seen = self._look(seen)
+
+    def _look(self, seen: object) -> object:
+        """What was seen now. The engine is not held between two looks: its memory may be asked for."""
+        engine = self._host.engine_or_none
+        now = (id(engine), self._stamp())
+        if engine is None or now == seen:
+            return seen
+        try:
+            local = self._host.local_or_none
+            folder = self._session_of().adapter(None if local is None else local.hub_id)
+            name = str(folder) if folder else None
+            if name != engine.status().adapter:
+                engine.use_adapter(name)
+                self._tell(f"the adapter {folder.name} is used from now on" if folder else _WITHOUT, True)
+        except PlanPatchError as error:
+            self._tell(f"the adapter stays as it is: {error.message}", False)
+        return now  # also where it failed: that is told once
 
     def _stamp(self) -> tuple[int, int, int] | None:
         """What differs once the file was written anew; None where there is none."""

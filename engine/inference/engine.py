@@ -912,6 +912,9 @@ class InProcessEngine:
                 work.close()
         if self._faster is not None:
             self._faster.close()
+            self._faster = None
+        for name in ("_runner", "_prefix_cache"):  # who still holds the engine does not hold the model's memory
+            vars(self).pop(name, None)
         for sequence in left:
             sequence.events.put(self._failure or EngineError("The engine was closed"))
 

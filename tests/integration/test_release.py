@@ -68,6 +68,7 @@ def test_a_server_lends_its_memory_and_takes_it_back(test_home: Path, tmp_path: 
         runtime = json.loads((tmp_path / "planpatch home" / "runtime.json").read_text())
         token, server = runtime["token"], runtime["pid"]
         until(lambda: state(url) == "ok")
+        time.sleep(1.5)  # what looks at the engine now and then has seen it, and must not hold its memory
         held = rss_bytes(server)
         assert ask(url, "/release", own_facts())[0] == 401
         with sleeper() as (process, facts):
