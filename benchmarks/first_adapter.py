@@ -6,11 +6,12 @@ Rows are `training/reversed_edits`'. Questions are tokenized by the code that as
 of a request. The loss counts the answer and its end token alone. Rows of like length make a batch and are padded on the
 right, where a causal model cannot see them: no mask, no packing. The adapter is trained in bf16 with fp32 copies of its
 weights in AdamW, and written in fp16. The learning rate is probed: a short run with each, the lowest loss on held-out
-packages wins. The run ends within its time: the number of steps is set by the speed of the first ones.
+packages wins. The run ends within its time: the rate follows a cosine over time, or over the rows if they end first.
 
-Rows of the stage `general` are no examples: on them the adapter is held to what the base model would say (KL divergence
-over their answer tokens, base first), so that it learns to edit and forgets little else. `--hold 0` learns them as the
-other rows.
+Rows of the stage `general` are no examples: the base model answers their questions itself, greedily, before training,
+and so it answers open wishes about the code of edit rows ("make it faster"), which no single line grants. On these
+answers the adapter is held to the base (KL divergence over their tokens, base first), so that it learns to mend and
+forgets little else. `--hold 0` learns general rows as the other rows.
 
 Not covered: resuming, several GPUs, quantized bases; `planpatch train qlora` has those.
 """
@@ -40,6 +41,31 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 GENERAL = "general"
 _WINDOW = 2048  # rows that are sorted by length together
 _LOSS_CHUNK = 2048  # positions whose logits are in memory at once
+_OWN_TOKENS = 320  # of an answer that the base gives itself
+_OWN_AT_ONCE = 192
+_WISH, _AFTER_WISH = "## Instruction:\n", "\n## Code After:"
+OPEN_WISHES = (
+    "make it faster for large inputs",
+    "Rewrite this so that it is easier to read. Keep what it does.",
+    "validate every argument and raise a ValueError with a helpful message when one is wrong",
+    "Add a parameter `verbose` (default False). When it is true, print what is done at every step.",
+    "split the longest part into helper functions and use them",
+    "Add a cache, so that the same arguments are not computed twice, and a way to clear it.",
+    "Change this so that it accepts one value as well as a list of values, and returns a list in that case.",
+    "count how often this is called and let callers read and reset the count",
+    "Add logging: what comes in, what goes out, and every error with its cause.",
+    "let it work when the input is None or empty, in every place where that can happen",
+    "Write two more variants of this: one that returns a generator, one that returns a dictionary.",
+    "turn this into a small class with a constructor, a method that does the work, and a `__repr__`",
+    "Add a keyword argument `default` that is returned instead of an error, and handle every error path.",
+    "make it thread-safe",
+    "Add type hints to all parameters and results, and a docstring with an example.",
+    "Replace the magic values by named constants with a comment for each.",
+    "add an optional progress callback that is called with done and total",
+    "Make this generic: take the operation as a function argument, with the present one as the default.",
+    "return early wherever that removes a level of nesting, and rename variables that say too little",
+    "Support both strings and bytes as input.",
+)
 
 
 def main() -> None:
@@ -65,6 +91,8 @@ def main() -> None:
     }
     record["val_loss_base"] = _val_loss(base, val, args.batch_tokens)
     print(f"held out, base: {record['val_loss_base']:.4f}", flush=True)
+    if args.hold:
+        train = [row for row in train if row[2] != GENERAL] + _own_answers(base, tokenizer, args)
     rates = args.rates
     if len(rates) > 1:
         for rate in rates:
@@ -103,7 +131,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=8192, help="Padded tokens of one forward pass.")
     parser.add_argument("--passes-a-step", type=int, default=2)
     parser.add_argument("--hold", type=float, default=1.0, help="Weight of the divergence on general rows.")
-    parser.add_argument("--hold-every", type=int, default=2, help="Steps between two batches of general rows.")
+    parser.add_argument("--hold-every", type=int, default=1, help="Steps between two batches of general rows.")
+    parser.add_argument("--hold-tokens", type=int, default=4096, help="Padded tokens of such a batch.")
+    parser.add_argument("--hold-rows", type=int, default=1536, help="Questions that the base answers itself.")
     parser.add_argument("--max-tokens", type=int, default=1536)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--probe-seconds", type=float, default=20.0)
@@ -132,6 +162,54 @@ def _encoded(rows: Sequence[dict[str, Any]], tokenizer: HFChatTokenizer, most: i
         if len(asked) + len(answer) + 1 <= most:
             encoded.append(([*asked, *answer, *end], len(asked), row.get("stage", "")))
     return encoded
+
+
+def _held_questions(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Question and beginning of the answer: the general rows', and edit rows' with an open wish in place of theirs."""
+    rng = random.Random(args.seed)
+    general = [(row["input"], row["prefill"]) for row in rows if row.get("stage") == GENERAL]
+    edits = [(row["input"], row["prefill"]) for row in rows if row.get("stage") == "patch" and row["num_tokens"] <= 900]
+    half = args.hold_rows // 2
+    general, edits = (rng.sample(some, min(half, len(some))) for some in (general, edits))
+    for number, (question, prefill) in enumerate(edits):
+        head, wish = question.rsplit(_WISH, 1)
+        tail = wish[wish.index(_AFTER_WISH) :]
+        edits[number] = (head + _WISH + OPEN_WISHES[number % len(OPEN_WISHES)] + tail, prefill)
+    return general + edits
+
+
+@torch.no_grad()
+def _own_answers(base: Any, tokenizer: HFChatTokenizer, args: argparse.Namespace) -> list[Row]:
+    """Rows of the stage `general` whose answers are the base model's, at most `_OWN_TOKENS` long."""
+    questions = _held_questions(_rows(args.train)[: args.limit or None], args)
+    asked = [tokenizer.encode_chat([Message("user", text)], prefill=prefill) for text, prefill in questions]
+    asked = sorted((ids for ids in asked if len(ids) + _OWN_TOKENS <= args.max_tokens), key=len)
+    end = tokenizer.token_id("<|im_end|>") or 0
+    started_at, rows = time.monotonic(), []
+    for start in range(0, len(asked), _OWN_AT_ONCE):
+        group = asked[start : start + _OWN_AT_ONCE]
+        longest = len(group[-1])
+        ids = torch.tensor([[end] * (longest - len(one)) + one for one in group], device=base.device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in group], device=base.device)
+        made = base.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            max_new_tokens=_OWN_TOKENS,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        for one, answer in zip(group, made[:, longest:].tolist(), strict=True):
+            length = answer.index(end) + 1 if end in answer else len(answer)
+            rows.append(([*one, *answer[:length]], len(one), GENERAL))
+    num_tokens = sum(len(row[0]) - row[1] for row in rows)
+    print(f"{len(rows)} own answers, {num_tokens:,} tokens, {time.monotonic() - started_at:.0f} s", flush=True)
+    return rows
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random | None) -> list[list[Row]]:
@@ -179,12 +257,12 @@ def _with_lora(base: Any, args: argparse.Namespace) -> PeftModel:
 def _train(
     model: PeftModel, rows: Sequence[Row], args: argparse.Namespace, rate: float, *, most_seconds: float
 ) -> dict[str, Any]:
-    """One pass over the rows at most; warm-up, then a cosine to a tenth of the rate at the end of the time."""
+    """One pass over the rows at most; warm-up, then a cosine to a tenth of the rate at the end of time or rows."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     copies = [parameter.detach().float().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(copies, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     held = [row for row in rows if args.hold and row[2] == GENERAL]
-    held_batches = itertools.cycle(_batches(held, args.batch_tokens, random.Random(args.seed)) or [[]])
+    held_batches = itertools.cycle(_batches(held, args.hold_tokens, random.Random(args.seed)) or [[]])
     taught = [row for row in rows if not (args.hold and row[2] == GENERAL)]
     batches = _batches(taught, args.batch_tokens, random.Random(args.seed))
     num_steps = len(batches) // args.passes_a_step
@@ -192,15 +270,10 @@ def _train(
     model.train()
     losses: list[float] = []
     divergences: list[float] = []
-    num_tokens, started_at, paced_at, total_steps = 0, time.monotonic(), 0.0, num_steps
+    num_tokens, started_at = 0, time.monotonic()
     for step in range(num_steps):
-        if step == 5:
-            paced_at = time.monotonic()
-        if step == 25:  # the first steps are slow; these tell how many fit
-            a_step = (time.monotonic() - paced_at) / 20
-            total_steps = min(num_steps, 25 + int((most_seconds - (time.monotonic() - started_at)) / a_step))
-            print(f"{a_step:.3f} s a step, {total_steps} of {num_steps} steps", flush=True)
-        if step >= total_steps:
+        share = max(step / num_steps, (time.monotonic() - started_at) / most_seconds)  # of the run that is over
+        if share >= 1:
             break
         group = batches[step * args.passes_a_step : (step + 1) * args.passes_a_step]
         num_labels = sum(len(tokens) - num_asked for batch in group for tokens, num_asked, _ in batch)
@@ -221,7 +294,6 @@ def _train(
             copy.grad = parameter.grad.float() if parameter.grad is not None else None
             parameter.grad = None
         torch.nn.utils.clip_grad_norm_(copies, 1.0)
-        share = step / max(1, total_steps)
         warm = min(1.0, (step + 1) / 20)
         for group_of in optimizer.param_groups:
             group_of["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))

@@ -61,6 +61,7 @@ def _facts(version: AdapterVersion, current: Path | None, live: Mapping[int, _Li
         "live_in": [pid for pid, server in live.items() if server.folder == str(version.folder)],
         "base_digest": version.base_digest,
         "evaluation": dict(figures) or None,
+        "measured": version.manifest.get("measured"),
         "promotions": version.manifest.get("promotions", []),
     }
 
@@ -71,6 +72,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     general: Mapping[str, Any] = figures.get("general") or {}
     kept = f"{edits['base']['right']} → {edits['candidate']['right']} of {edits['rows']}" if edits else "not evaluated"
     tasks = f"{general['base']} → {general['candidate']} of {general['tasks']}" if general else ""
+    if not figures and row["measured"]:  # the one that ships
+        kept, tasks = row["measured"]["edits"], row["measured"]["general"]
     processes = ", ".join(f"process {pid}" for pid in row["live_in"])
     name = row["version"] if row["state"] == "ok" else row["folder"]
     return (name, row["used"], processes, row["base"], kept, tasks, row["state"])

@@ -40,8 +40,12 @@ def evaluate(
         typer.Option(help="Held-out edits, JSON lines; without it val_from_logs.jsonl.", show_default=False),
     ] = None,
     against: Annotated[
-        str, typer.Option(metavar="ADAPTER", help="Compare with this adapter; __none__ is the base model.")
-    ] = BASE,
+        str,
+        typer.Option(
+            metavar="ADAPTER",
+            help="Compare with this adapter; __none__ is the base model, auto is what is used now.",
+        ),
+    ] = "auto",
     general: Annotated[bool, typer.Option(help="Look also for what it forgot, by small functions to write.")] = True,
     rows: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each row's verdicts, as JSON lines.", show_default=False)
@@ -51,7 +55,7 @@ def evaluate(
     quantization: QuantizationOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an adapter with the base model on the same held-out edits, and keep the figures in its manifest.
+    """Compare an adapter with what is used now on the same held-out edits, and keep the figures in its manifest.
 
     Exit code 1: the gate would not let it pass; it says why.
     """
@@ -60,6 +64,9 @@ def evaluate(
     options = {"model": model, "device": device, "quantization": quantization, "adapter": BASE}
     session = open_session(options, None, as_json)
     version = find_version(session.paths.qlora_out, adapter)
+    if against == "auto":
+        used = open_session({"model": model}, None, as_json).adapter()
+        against = BASE if used in (None, version.folder) else str(used)
     other = None if against == BASE else find_version(session.paths.qlora_out, against)
     held_out = _held_out(session, data, [version, *([other] if other else [])])
     evaluation, facts = _measure(session, held_out, version, other, general, as_json)
@@ -215,12 +222,12 @@ def promote(
 
 
 def _say_what_it_replaces(version: AdapterVersion, current: Path | None) -> None:
-    """The gate compared it with the base model, unless told otherwise; what runs now may be something better."""
+    """The gate compared it with what was used then, or with what it was told; what runs now may be something better."""
     if current is None or current == version.folder or version.evaluation.get("against") == current.name:
         return
     console.warn(
         f"{version.folder.name} was not compared with {current.name}, which is used now: "
-        f"planpatch train evaluate --adapter {version.folder.name} --against {current.name}"
+        f"planpatch train evaluate --adapter {version.folder.name}"
     )
 
 

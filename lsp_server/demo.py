@@ -16,7 +16,7 @@ from lsp_server.cli_options import open_engine
 from lsp_server.session import Session
 
 FUNCTION = "bitcount"
-INTENT = "The loop never ends: each turn must clear the lowest set bit of n."
+INTENT = "The loop never ends: each turn must clear the lowest set bit of n, by & and not by ^."
 BROKEN = '''"""Counting bits."""
 
 

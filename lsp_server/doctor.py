@@ -23,7 +23,7 @@ from rich.text import Text
 
 from engine.errors import ModelError, PlanPatchError
 from engine.inference.adapters import read_adapter
-from engine.inference.catalogue import ModelRef
+from engine.inference.catalogue import ModelRef, shipped_adapter
 from engine.inference.loading import free_memory_bytes
 from engine.inference.store_files import gigabytes
 from engine.patching.ledger import Ledger
@@ -216,6 +216,9 @@ def _adapter(session: Session) -> list[Check]:
     if folder is None:
         return [Check("adapter", "ok", "none: the base model is used")]
     files = read_adapter(folder)
+    shipped = shipped_adapter(session.model_ref().hub_id or "")
+    if shipped is not None and folder == shipped.path:
+        return [Check("adapter", "ok", f"{shipped.name}, which ships with PlanPatch (sha256 {files.digest[:12]}…)")]
     base = f", made for {files.base_model}" if files.base_model else ""
     return [Check("adapter", "ok", f"{folder}{base} (sha256 {files.digest[:12]}…)")]
 

@@ -1,13 +1,15 @@
 // `npm run package`: the server's wheel, the bundle, and one .vsix of both. Reaches no network.
 
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 
 const here = path.dirname(fileURLToPath(import.meta.url));
 const root = path.dirname(here);
 const LARGEST_BYTES = 1_000_000;
+const WHEEL_IS_OF = ["engine", "lsp_server", "training", "scripts", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"];
 
 const vsix = path.join(here, "planpatch.vsix");
 buildWheel(path.join(here, "server"));
@@ -20,11 +22,21 @@ if (bytes >= LARGEST_BYTES) {
 }
 console.log(`${path.relative(process.cwd(), vsix)}: ${(bytes / 1000).toFixed(0)} kB`);
 
-/** The wheel that the extension installs into its own environment, made with the Python that has hatchling. */
+/**
+ * The wheel that the extension installs into its own environment, made with the Python that has hatchling. The adapters
+ * that ship with PlanPatch are megabytes and stay out: without their files the base model is used.
+ */
 function buildWheel(folder) {
   rmSync(folder, { recursive: true, force: true });
   mkdirSync(folder, { recursive: true });
-  run(pythonWithHatchling(), ["-I", "-m", "hatchling", "build", "-t", "wheel", "-d", folder], root);
+  const source = mkdtempSync(path.join(tmpdir(), "planpatch-wheel-"));
+  const shipped = path.join("engine", "inference", "shipped");
+  const isWanted = (from) => !from.endsWith(shipped) && !from.endsWith("__pycache__");
+  for (const name of WHEEL_IS_OF) {
+    cpSync(path.join(root, name), path.join(source, name), { recursive: true, filter: isWanted });
+  }
+  run(pythonWithHatchling(), ["-I", "-m", "hatchling", "build", "-t", "wheel", "-d", folder], source);
+  rmSync(source, { recursive: true, force: true });
   const wheels = readdirSync(folder).filter((name) => name.endsWith(".whl"));
   if (wheels.length !== 1) {
     throw new Error(`hatchling left ${wheels.length} wheels in ${folder}`);

@@ -147,6 +147,8 @@ class AdapterSwitch:
         Raises:
             AdapterError: It does not fit the base, or cannot be loaded.
         """
+        from engine.inference.cpu import shorten_lora
+
         digest = adapter.digest if adapter else BASE
         if digest == self.active:
             return
@@ -156,15 +158,20 @@ class AdapterSwitch:
             self._load(adapter)
             self._model.set_adapter(_peft_name(digest))
             self._model.enable_adapters()
+        if self._model.device.type == "cpu":
+            shorten_lora(self._model, None if adapter is None else _peft_name(digest))
         self.active = digest
 
     def _load(self, adapter: AdapterFiles) -> None:
         if adapter.digest in self._loaded:
             self._loaded.move_to_end(adapter.digest)
             return
+        from engine.inference.loading import quiet_transformers
+
         check_fits(adapter, self._model)
         try:
-            self._model.load_adapter(str(adapter.folder), adapter_name=_peft_name(adapter.digest))
+            with quiet_transformers():
+                self._model.load_adapter(str(adapter.folder), adapter_name=_peft_name(adapter.digest))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as fault:
             raise AdapterError(f"The adapter in {adapter.folder} cannot be loaded: {fault}") from fault
         self._loaded[adapter.digest] = adapter.folder

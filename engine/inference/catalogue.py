@@ -243,10 +243,11 @@ def shipped_adapter(hub_id: str) -> ShippedAdapter | None:
         hub_id: The model's hub id; empty for files of the user, which may hold any weights.
 
     Returns:
-        The adapter, or None.
+        The adapter, or None: also where this installation came without its files, as the extension's own does.
     """
     entries = (entry for entry in catalogue().values() if hub_id and entry.hub_id.lower() == hub_id.lower())
-    return next((entry.adapter for entry in entries), None)
+    adapter = next((entry.adapter for entry in entries), None)
+    return adapter if adapter is not None and adapter.path.is_dir() else None
 
 
 def memory_need_bytes(entry: CatalogueEntry, quantization: Quantization) -> int:

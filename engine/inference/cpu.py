@@ -3,7 +3,8 @@
 A decode step reads every weight once, so it goes as fast as memory is read. `aten::mm` on row-major bf16 weights
 reaches a third of that; oneDNN reaches it when a weight is stored in the order that its kernel reads, which costs one
 pass at load. Attention of grouped queries reads keys and values once a group instead of once a head. Both give what the
-plain modules give, in another order of summing. Figures are in DECISIONS.md.
+plain modules give, in another order of summing. A LoRA layer is its base and two small products. Figures are in
+DECISIONS.md.
 
 Not covered: processors for which torch has no oneDNN; there the modules stay as they are.
 """
@@ -11,6 +12,7 @@ Not covered: processors for which torch has no oneDNN; there the modules stay as
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("planpatch.engine")
 
 _ATTENTION = "planpatch_grouped"
+_NARROW_LORA_ROWS = 32
 
 
 class PackedLinear(nn.Linear):
@@ -209,6 +212,47 @@ def shares_steps(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     return model.config._attn_implementation in ("sdpa", _ATTENTION) and not getattr(config, "alibi", False)
+
+
+def shorten_lora(model: PreTrainedModel, name: str | None) -> None:
+    """Let peft's layers do no more than two small products, and nothing for the base.
+
+    A step of one token goes through 168 such layers of a 0.5B; what peft checks and casts in each takes longer than the
+    products. Layers that are more than plain LoRA stay peft's. Figures are in DECISIONS.md.
+
+    Args:
+        model: A model on a CPU with peft's layers in it.
+        name: The adapter's name there, None: the base is used.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    for layer in model.modules():
+        if type(layer) is not Linear:
+            continue
+        layer.__dict__.pop("forward", None)
+        if name is None or name not in layer.lora_A:
+            layer.forward = layer.base_layer.__call__
+        elif name not in layer.lora_variant and layer.lora_B[name].bias is None:
+            layer.forward = _plain_lora(layer, name)
+
+
+def _plain_lora(layer: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`[..., in_features]` to `[..., out_features]`: the base's product and the adapter's, without dropout."""
+    down = layer.lora_A[name].weight.detach().float().t().contiguous()  # [in_features, rank]
+    up = (layer.lora_B[name].weight.detach().float() * layer.scaling[name]).t().contiguous()  # [rank, out_features]
+    base, dtype = layer.base_layer, layer.base_layer.weight.dtype
+    down_wide, up_wide = down.to(dtype), up.to(dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product = base(x)
+        rows, results = x.reshape(-1, x.shape[-1]), product.view(-1, product.shape[-1])
+        if len(rows) > _NARROW_LORA_ROWS:
+            results.addmm_(torch.mm(rows, down_wide), up_wide)
+        else:  # products this small take longer in bf16
+            results.add_(torch.mm(torch.mm(rows.float(), down), up))
+        return product
+
+    return forward
 
 
 def _group_heads(model: PreTrainedModel) -> None:

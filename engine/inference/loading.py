@@ -304,7 +304,7 @@ def _read_kept(folder: Path, device: str, dtype: str) -> PreTrainedModel:
         if device != "cpu":
             arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
         architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with _quiet_transformers(), _nothing_allocated_ahead():
+        with quiet_transformers(), _nothing_allocated_ahead():
             model, read = architecture.from_pretrained(None, output_loading_info=True, **arguments)
     finally:
         reader.close()
@@ -361,7 +361,7 @@ def read_weights(
     if device != "cpu":
         arguments["device_map"] = {"": int(device.partition(":")[2] or 0)}
     arguments["ignore_mismatched_sizes"] = True  # so that they are told below, by name
-    with _quiet_transformers():
+    with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     model, read = loaded
     num_layers = model.config.get_text_config().num_hidden_layers
@@ -384,7 +384,7 @@ def _check_complete(missing: Iterable[str], mismatched: Iterable[Any], further: 
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and warnings of transformers on the terminal while weights load."""
     from transformers.utils import logging as transformers_logging
 

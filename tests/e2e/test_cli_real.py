@@ -13,7 +13,7 @@ from engine.patching.ledger import Ledger
 from tests.command_line import Said, count_bits, planpatch, start
 
 MODEL = "qwen2.5-coder-0.5b-instruct"
-INTENT = "The loop never ends: each turn must clear the lowest set bit of n."
+INTENT = "The loop never ends: each turn must clear the lowest set bit of n, by & and not by ^."
 BITCOUNT = """def bitcount(n):
     count = 0
     while n:

@@ -28,7 +28,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., LspClient]]:
 
     def start(port: int = 0) -> LspClient:
         command = [sys.executable, "-I", "-X", "utf8", str(SERVER), "lsp"]
-        env = {"SCRIPT": str(script), "PLANPATCH_HTTP": "true", "PLANPATCH_PORT": str(port)}
+        env = {"SCRIPT": str(script), "PLANPATCH_HTTP": "true", "PLANPATCH_PORT": str(port), "ADAPTER_PATH": "__none__"}
         client = LspClient(tmp_path / "home", command=command, env=env, settings={"apply": "direct"})
         clients.append(client)
         return client

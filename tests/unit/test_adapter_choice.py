@@ -75,7 +75,7 @@ SMALL = "qwen2.5-coder-0.5b-instruct"
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The small model's entry, with an adapter whatever the catalogue says today."""
-    adapter = ShippedAdapter("edits-v0", SMALL, "0" * 64, 0, "Apache-2.0")
+    adapter = ShippedAdapter("edits-v0", "", "0" * 64, 0, "Apache-2.0")
     entries = {**catalogue(), SMALL: replace(catalogue()[SMALL], adapter=adapter)}
     monkeypatch.setattr("engine.inference.catalogue.catalogue", lambda: entries)
     return adapter.path

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelError, UnknownModelError
+from engine.inference.adapters import read_adapter
 from engine.inference.catalogue import (
     DeviceFacts,
+    ShippedAdapter,
     auto_name,
     catalogue,
     largest_that_fits,
     memory_need_bytes,
     resolve,
+    shipped_adapter,
 )
 
 GB = 10**9
@@ -49,6 +52,24 @@ def test_the_pieces_of_each_embedded_model_add_up() -> None:
         assert sum(piece.bytes for piece in model.pieces) == model.bytes
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in [model.sha256, *(p.sha256 for p in model.pieces)])
         assert len({piece.package for piece in model.pieces}) == len(model.pieces)
+
+
+def test_the_adapters_that_ship_are_the_ones_the_catalogue_names() -> None:
+    shipped = {entry.name: entry.adapter for entry in catalogue().values() if entry.adapter}
+    assert set(shipped) == {"qwen2.5-coder-0.5b-instruct"}
+    for name, adapter in shipped.items():
+        files = read_adapter(adapter.path)
+        assert (files.digest, files.base_model) == (adapter.digest, catalogue()[name].hub_id)
+        assert (adapter.path / "adapter_model.safetensors").stat().st_size == adapter.bytes
+        assert adapter.licence == "Apache-2.0"
+    assert sum(adapter.bytes for adapter in shipped.values()) < 20_000_000
+
+
+def test_an_installation_without_an_adapter_s_files_uses_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_id = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert shipped_adapter(hub_id) == catalogue()["qwen2.5-coder-0.5b-instruct"].adapter
+    monkeypatch.setattr(ShippedAdapter, "path", Path("nowhere"))
+    assert shipped_adapter(hub_id) is None
 
 
 @pytest.mark.parametrize(

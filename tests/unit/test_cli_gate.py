@@ -146,6 +146,16 @@ def test_an_adapter_that_was_not_compared_with_the_one_in_use_is_told(desk: Desk
     assert "was not compared" not in desk("train", "promote", "house-v1", "--insist").err
 
 
+def test_an_adapter_is_compared_with_the_one_in_use(desk: Desk) -> None:
+    write(desk.out / "other-v1", config={"peft_type": "LORA", "r": 5})
+    options = ["--adapter", "house-v1", "--data", "rows.jsonl", "--no-general", "--json"]
+    for used, against in (("other-v1", "other-v1"), ("house-v1", "__none__"), ("__none__", "__none__")):
+        assert desk("adapters", "use", used).code == 0
+        assert desk("train", "evaluate", *options).json["against"] == against
+    desk("adapters", "use", "other-v1")
+    assert desk("train", "evaluate", *options, "--against", "__none__").json["against"] == "__none__"
+
+
 def test_figures_of_other_weights_do_not_count(desk: Desk) -> None:
     desk("train", "evaluate", "--data", "rows.jsonl", "--no-general")
     write(desk.out / "house-v1", config={"peft_type": "LORA", "r": 9})

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from engine.inference.batch import DecodeBatch
-from engine.inference.cpu import PackedLinear, shares_steps, speed_up
+from engine.inference.cpu import PackedLinear, shares_steps, shorten_lora, speed_up
 from engine.inference.head import make_leading_logits_exact
 from engine.inference.kv_cache import KVCache, new_kv_cache, turns_with_length
 
@@ -151,6 +151,34 @@ def test_lora_beside_packed_weights_is_lora_beside_plain_ones() -> None:
         for mine, wanted in zip(found[2 + index], found[index], strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0][0], found[1][0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "scaled", "dora"])
+def test_a_lora_layer_made_short_gives_what_peft_s_own_gives(dtype: torch.dtype, options: dict[str, bool]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    model = make(CONFIGS["grouped"], dtype)
+    if "use_dora" not in options:  # peft's DoRA reads a weight that cannot be read once it is packed
+        speed_up(model)
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+    model.add_adapter(config, "one")
+    layers = [layer for layer in model.modules() if type(layer) is Linear]
+    assert layers
+    chunks = [*CHUNKS, list(range(200, 250))]  # of more rows than are narrow
+    for name in ("one", None):
+        if name is None:
+            model.disable_adapters()
+        shorten_lora(model, name)
+        is_short = name is None or "use_dora" not in options
+        assert all(("forward" in vars(layer)) == is_short for layer in layers)
+        short = logits_of(model, chunks)
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        for mine, wanted in zip(short, logits_of(model, chunks), strict=True):
+            torch.testing.assert_close(mine, wanted, **tolerance)
 
 
 def test_without_onednn_the_weights_stay_and_the_log_says_so(

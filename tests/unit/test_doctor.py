@@ -158,6 +158,14 @@ def test_one_broken_check_does_not_end_the_others(home: Path, monkeypatch: pytes
 # --- the home --------------------------------------------------------------------------------------------------------
 
 
+def test_the_adapter_that_ships_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANPATCH_MODEL", "qwen2.5-coder-0.5b-instruct")
+    said = check_named("adapter", examine(os.environ)).detail
+    assert said.startswith("qwen2.5-coder-0.5b-edits-v1, which ships with PlanPatch (sha256 ")
+    monkeypatch.setenv("PLANPATCH_ADAPTER", "__none__")
+    assert check_named("adapter", examine(os.environ)).detail == "none: the base model is used"
+
+
 def test_a_fresh_home_is_well(home: Path) -> None:
     checks = examine(os.environ)
     assert [check.name for check in checks if check.level == "problem"] == [], shown(checks)
@@ -165,7 +173,6 @@ def test_a_fresh_home_is_well(home: Path) -> None:
     assert check_named("ledger", checks).detail == (
         f"{home / 'ledger.sqlite3'} is not there yet; the first plan makes it"
     )
-    assert check_named("adapter", checks).detail == "none: the base model is used"
     assert check_named("hub", checks).detail == "not asked: HF_HUB_OFFLINE is set"
     assert not (home / "ledger.sqlite3").exists()
 
