@@ -226,9 +226,8 @@ def shorten_lora(model: PreTrainedModel, name: str | None) -> None:
     """
     from peft.tuners.lora.layer import Linear
 
-    for layer in model.modules():
-        if type(layer) is not Linear:
-            continue
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) is Linear]
+    for layer in layers:
         layer.__dict__.pop("forward", None)
         if name is None or name not in layer.lora_A:
             layer.forward = layer.base_layer.__call__
