@@ -1,6 +1,7 @@
 """Trains the adapters that ship with PlanPatch: a plain LoRA loop in bf16 on one GPU (or slowly, on a CPU).
 
-    python benchmarks/first_adapter.py MODEL_FOLDER TRAIN.jsonl VAL.jsonl --out FOLDER [--rank 8] [--seconds 240]
+    python benchmarks/own_answers.py MODEL_FOLDER TRAIN.jsonl HELD.jsonl
+    python benchmarks/first_adapter.py MODEL_FOLDER TRAIN.jsonl VAL.jsonl --out FOLDER --held HELD.jsonl [--seconds 240]
 
 Rows are `training/reversed_edits`'. Questions are tokenized by the code that asks a model, so a row's tokens are those
 of a request. The loss counts the answer and its end token alone. Rows of like length make a batch and are padded on the
@@ -8,10 +9,12 @@ right, where a causal model cannot see them: no mask, no packing. The adapter is
 weights in AdamW, and written in fp16. The learning rate is probed: a short run with each, the lowest loss on held-out
 packages wins. The run ends within its time: the rate follows a cosine over time, or over the rows if they end first.
 
-Rows of the stage `general` are no examples: the base model answers their questions itself, greedily, before training,
-and so it answers open wishes about the code of edit rows ("make it faster"), which no single line grants. On these
-answers the adapter is held to the base (KL divergence over their tokens, base first), so that it learns to mend and
-forgets little else. `--hold 0` learns general rows as the other rows.
+Rows of the stage `general` are no examples. With `--held`, the base model's own answers (own_answers.py) take their
+place, and on these the adapter is held to the base (KL divergence over their tokens, base first), so that it learns to
+mend and forgets little else. `--hold 0` learns general rows as the other rows.
+
+A small model's own plans are often wrong, and an adapter that saw right ones alone follows them. So most rows with
+a plan wait until 0.4 of the run is over; then the model plans for them itself, and learns the right answer beside that.
 
 Not covered: resuming, several GPUs, quantized bases; `planpatch train qlora` has those.
 """
@@ -25,7 +28,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +44,13 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 GENERAL = "general"
 _WINDOW = 2048  # rows that are sorted by length together
 _LOSS_CHUNK = 2048  # positions whose logits are in memory at once
-_OWN_TOKENS = 320  # of an answer that the base gives itself
-_OWN_AT_ONCE = 192
-_WISH, _AFTER_WISH = "## Instruction:\n", "\n## Code After:"
-OPEN_WISHES = (
-    "make it faster for large inputs",
-    "Rewrite this so that it is easier to read. Keep what it does.",
-    "validate every argument and raise a ValueError with a helpful message when one is wrong",
-    "Add a parameter `verbose` (default False). When it is true, print what is done at every step.",
-    "split the longest part into helper functions and use them",
-    "Add a cache, so that the same arguments are not computed twice, and a way to clear it.",
-    "Change this so that it accepts one value as well as a list of values, and returns a list in that case.",
-    "count how often this is called and let callers read and reset the count",
-    "Add logging: what comes in, what goes out, and every error with its cause.",
-    "let it work when the input is None or empty, in every place where that can happen",
-    "Write two more variants of this: one that returns a generator, one that returns a dictionary.",
-    "turn this into a small class with a constructor, a method that does the work, and a `__repr__`",
-    "Add a keyword argument `default` that is returned instead of an error, and handle every error path.",
-    "make it thread-safe",
-    "Add type hints to all parameters and results, and a docstring with an example.",
-    "Replace the magic values by named constants with a comment for each.",
-    "add an optional progress callback that is called with done and total",
-    "Make this generic: take the operation as a function argument, with the present one as the default.",
-    "return early wherever that removes a level of nesting, and rename variables that say too little",
-    "Support both strings and bytes as input.",
-)
+_PLAN, _AFTER_PLAN = "## Plan:\n", "## Code After:\n"
+_PLAN_QUESTION = "Say in one short sentence which lines must change, and how. No code block.\n"
+_WITH_PLAN = "patch with plan"
+_OWN_PLANS_AT = 0.4  # of the run
+_PLAN_TOKENS = 16  # of a plan, as in the product
+_PLANS_AT_ONCE = 192
+_TOLD_SHARE = 0.4  # of the rows with a plan that keep the right one, as a user's own would be
 
 
 def main() -> None:
@@ -74,9 +59,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = HFChatTokenizer(args.model)
-    train, val = (_encoded(_rows(path), tokenizer, args.max_tokens) for path in (args.train, args.val))
-    if args.limit:
-        train, val = train[: args.limit], val[: max(8, args.limit // 8)]
+    texts = _rows(args.train)[: args.limit or None]
+    rng = random.Random(args.seed)
+    planned = [row for row in texts if row["stage"] == _WITH_PLAN and rng.random() >= _TOLD_SHARE]
+    later = {id(row) for row in planned}
+    train = _encoded([row for row in texts if id(row) not in later], tokenizer, args.max_tokens)
+    val = _encoded(_rows(args.val)[: max(8, args.limit // 8) if args.limit else None], tokenizer, args.max_tokens)
     print(f"{len(train)} rows, {sum(len(row[0]) for row in train):,} tokens; {len(val)} held out", flush=True)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
     base.requires_grad_(False)
@@ -91,8 +79,9 @@ def main() -> None:
     }
     record["val_loss_base"] = _val_loss(base, val, args.batch_tokens)
     print(f"held out, base: {record['val_loss_base']:.4f}", flush=True)
-    if args.hold:
-        train = [row for row in train if row[2] != GENERAL] + _own_answers(base, tokenizer, args)
+    if args.held is not None:
+        held = _encoded(_rows(args.held), tokenizer, args.max_tokens)
+        train = [row for row in train if row[2] != GENERAL] + held[: args.limit or None]
     rates = args.rates
     if len(rates) > 1:
         for rate in rates:
@@ -104,7 +93,11 @@ def main() -> None:
             base = model.unload()
         rates = [min(record["probes"], key=lambda probe: probe["val_loss"])["rate"]]
     model = _with_lora(base, args)
-    record |= {"rate": rates[0], **_train(model, train, args, rates[0], most_seconds=args.seconds)}
+
+    def own_plans() -> list[Row]:
+        return _encoded(_with_own_plans(model, tokenizer, planned, args), tokenizer, args.max_tokens)
+
+    record |= {"rate": rates[0], **_train(model, train, args, rates[0], most_seconds=args.seconds, later=own_plans)}
     record["val_loss"] = _val_loss(model, val, args.batch_tokens)
     record["val_loss_by_stage"] = {
         stage: _val_loss(model, [row for row in val if row[2] == stage], args.batch_tokens)
@@ -130,10 +123,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4])
     parser.add_argument("--batch-tokens", type=int, default=8192, help="Padded tokens of one forward pass.")
     parser.add_argument("--passes-a-step", type=int, default=2)
+    parser.add_argument("--held", type=Path, help="The base's own answers, of own_answers.py, for the general rows.")
     parser.add_argument("--hold", type=float, default=1.0, help="Weight of the divergence on general rows.")
     parser.add_argument("--hold-every", type=int, default=1, help="Steps between two batches of general rows.")
     parser.add_argument("--hold-tokens", type=int, default=4096, help="Padded tokens of such a batch.")
-    parser.add_argument("--hold-rows", type=int, default=1536, help="Questions that the base answers itself.")
     parser.add_argument("--max-tokens", type=int, default=1536)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--probe-seconds", type=float, default=20.0)
@@ -160,56 +153,49 @@ def _encoded(rows: Sequence[dict[str, Any]], tokenizer: HFChatTokenizer, most: i
         asked = tokenizer.encode_chat([Message("user", row["input"])], prefill=row["prefill"])
         answer = tokenizer.encode(row["output"].removeprefix(row["prefill"]))
         if len(asked) + len(answer) + 1 <= most:
-            encoded.append(([*asked, *answer, *end], len(asked), row.get("stage", "")))
+            ends = [] if row.get("is_cut") else end
+            encoded.append(([*asked, *answer, *ends], len(asked), row.get("stage", "")))
     return encoded
 
 
-def _held_questions(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Question and beginning of the answer: the general rows', and edit rows' with an open wish in place of theirs."""
-    rng = random.Random(args.seed)
-    general = [(row["input"], row["prefill"]) for row in rows if row.get("stage") == GENERAL]
-    edits = [(row["input"], row["prefill"]) for row in rows if row.get("stage") == "patch" and row["num_tokens"] <= 900]
-    half = args.hold_rows // 2
-    general, edits = (rng.sample(some, min(half, len(some))) for some in (general, edits))
-    for number, (question, prefill) in enumerate(edits):
-        head, wish = question.rsplit(_WISH, 1)
-        tail = wish[wish.index(_AFTER_WISH) :]
-        edits[number] = (head + _WISH + OPEN_WISHES[number % len(OPEN_WISHES)] + tail, prefill)
-    return general + edits
-
-
 @torch.no_grad()
-def _own_answers(base: Any, tokenizer: HFChatTokenizer, args: argparse.Namespace) -> list[Row]:
-    """Rows of the stage `general` whose answers are the base model's, at most `_OWN_TOKENS` long."""
-    questions = _held_questions(_rows(args.train)[: args.limit or None], args)
-    asked = [tokenizer.encode_chat([Message("user", text)], prefill=prefill) for text, prefill in questions]
-    asked = sorted((ids for ids in asked if len(ids) + _OWN_TOKENS <= args.max_tokens), key=len)
+def _with_own_plans(
+    model: PeftModel, tokenizer: HFChatTokenizer, rows: Sequence[dict[str, Any]], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows with the plan that the model makes for them now, in place of the right one."""
     end = tokenizer.token_id("<|im_end|>") or 0
-    started_at, rows = time.monotonic(), []
-    for start in range(0, len(asked), _OWN_AT_ONCE):
-        group = asked[start : start + _OWN_AT_ONCE]
-        longest = len(group[-1])
-        ids = torch.tensor([[end] * (longest - len(one)) + one for one in group], device=base.device)
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in group], device=base.device)
-        made = base.generate(
+    parts = [(row, row["input"][: row["input"].rindex(_PLAN)]) for row in rows]
+    asked = [
+        (row, head, tokenizer.encode_chat([Message("user", head + _PLAN + _PLAN_QUESTION)])) for row, head in parts
+    ]
+    asked = sorted((one for one in asked if len(one[2]) <= args.max_tokens), key=lambda one: len(one[2]))
+    started_at, made = time.monotonic(), list[dict[str, Any]]()
+    model.eval()
+    for start in range(0, len(asked), _PLANS_AT_ONCE):
+        group = asked[start : start + _PLANS_AT_ONCE]
+        longest = len(group[-1][2])
+        device = next(model.parameters()).device
+        ids = torch.tensor([[end] * (longest - len(one)) + one for _, _, one in group], device=device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for _, _, one in group], device=device)
+        options = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+        answers = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            do_sample=False,
-            repetition_penalty=1.0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             use_cache=True,
-            max_new_tokens=_OWN_TOKENS,
+            max_new_tokens=_PLAN_TOKENS,
             eos_token_id=end,
             pad_token_id=end,
+            **options,
         )
-        for one, answer in zip(group, made[:, longest:].tolist(), strict=True):
-            length = answer.index(end) + 1 if end in answer else len(answer)
-            rows.append(([*one, *answer[:length]], len(one), GENERAL))
-    num_tokens = sum(len(row[0]) - row[1] for row in rows)
-    print(f"{len(rows)} own answers, {num_tokens:,} tokens, {time.monotonic() - started_at:.0f} s", flush=True)
-    return rows
+        for (row, head, _), answer in zip(group, answers[:, longest:].tolist(), strict=True):
+            text = tokenizer.decode(answer[: answer.index(end)] if end in answer else answer)
+            plan = text.strip().split("\n")[0]
+            made.append({**row, "input": head + (f"{_PLAN}{plan}\n" if plan else "") + _AFTER_PLAN})
+    model.train()
+    print(f"{len(made)} plans of its own, {time.monotonic() - started_at:.0f} s, such as:", flush=True)
+    for row in made[:: max(1, len(made) // 8)]:
+        print("  " + row["input"].rsplit(_PLAN, 1)[-1].split("\n")[0], flush=True)
+    return made
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int, rng: random.Random | None) -> list[list[Row]]:
@@ -255,7 +241,13 @@ def _with_lora(base: Any, args: argparse.Namespace) -> PeftModel:
 
 
 def _train(
-    model: PeftModel, rows: Sequence[Row], args: argparse.Namespace, rate: float, *, most_seconds: float
+    model: PeftModel,
+    rows: Sequence[Row],
+    args: argparse.Namespace,
+    rate: float,
+    *,
+    most_seconds: float,
+    later: Callable[[], list[Row]] | None = None,
 ) -> dict[str, Any]:
     """One pass over the rows at most; warm-up, then a cosine to a tenth of the rate at the end of time or rows."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -264,16 +256,23 @@ def _train(
     held = [row for row in rows if args.hold and row[2] == GENERAL]
     held_batches = itertools.cycle(_batches(held, args.hold_tokens, random.Random(args.seed)) or [[]])
     taught = [row for row in rows if not (args.hold and row[2] == GENERAL)]
-    batches = _batches(taught, args.batch_tokens, random.Random(args.seed))
+    rng = random.Random(args.seed)
+    batches = _batches(taught, args.batch_tokens, rng)
     num_steps = len(batches) // args.passes_a_step
     device = parameters[0].device
     model.train()
     losses: list[float] = []
     divergences: list[float] = []
     num_tokens, started_at = 0, time.monotonic()
-    for step in range(num_steps):
+    for step in itertools.count():
         share = max(step / num_steps, (time.monotonic() - started_at) / most_seconds)  # of the run that is over
-        if share >= 1:
+        if later is not None and share >= _OWN_PLANS_AT:
+            done = step * args.passes_a_step
+            coming = [*batches[done:], *_batches(later(), args.batch_tokens, rng)]
+            rng.shuffle(coming)
+            batches[done:], later = coming, None
+            num_steps = len(batches) // args.passes_a_step
+        if share >= 1 or step >= num_steps:
             break
         group = batches[step * args.passes_a_step : (step + 1) * args.passes_a_step]
         num_labels = sum(len(tokens) - num_asked for batch in group for tokens, num_asked, _ in batch)
