@@ -147,17 +147,19 @@ class World:
         now = normalised(self.buffer.text)
         with Ledger(self.folder / "ledger.sqlite3") as ledger:
             assert ledger.problems() == []
-            for entry in ledger.entries():
-                if entry.proposal.patched is None:
-                    continue
+            entries = [entry for entry in ledger.entries() if entry.proposal.patched is not None]
+            texts = {entry.id: normalised(entry.applied_text(entry.standing.hunks or None).text) for entry in entries}
+            applied = [entry.id for entry in entries if entry.standing.is_applied]
+            for entry in entries:
                 kinds = [event.kind for event in entry.events]
                 if entry.label is Label.ACCEPTED:
                     assert {"applied", "redone", "accepted"} & set(kinds), f"{entry.id} was never applied: {self.log}"
                 is_base = now == normalised(source_of(entry.proposal.base, None).text)
-                is_patched = now == normalised(entry.applied_text(entry.standing.hunks or None).text)
+                is_patched = now == texts[entry.id]
                 if is_base and not is_patched:
                     assert not entry.standing.is_applied, f"{entry.id} is not in the text ({kinds}): {self.log}"
-                if is_patched and entry.id in self.applied_here:
+                is_anothers = any(texts[other] == now for other in applied if other != entry.id)
+                if is_patched and entry.id in self.applied_here and not is_anothers:  # undone, and made once more
                     assert entry.standing.is_applied, f"{entry.id} is in the text ({kinds}): {self.log}"
 
     @property
