@@ -151,6 +151,8 @@ class Chromium:
         while True:
             answer = self._next(until)
             if answer.get("id") == self._number:
+                if "navigated or closed" in str(answer.get("error")):
+                    raise PageLeft(f"{method}: {answer['error']}")
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
             page = self._pages.get(answer.get("sessionId", ""))
@@ -167,6 +169,10 @@ class Chromium:
             self._held += more
         message, _, self._held = self._held.partition(b"\0")
         return json.loads(message)
+
+
+class PageLeft(AssertionError):
+    """A page was left, for another or for itself anew, while it was asked something."""
 
 
 class Page:

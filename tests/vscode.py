@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from tests.browser import Chromium, Page
+from tests.browser import Chromium, Page, PageLeft
 from tests.editors.vscode import Installed
 
 LIMIT_S = 60.0
@@ -266,8 +266,15 @@ class VSCode:
         return bool(self.texts(selector, text))
 
     def wait_for(self, selector: str, text: str = "", limit_s: float = LIMIT_S) -> str:
-        """Wait until such an element is visible, and return what it says."""
-        return wait_until(lambda: self.texts(selector, text), f"no {selector} {text!r}", limit_s)[0]
+        """Wait until such an element is visible, and return what it says; the window may reload meanwhile."""
+
+        def look() -> list[str]:
+            try:
+                return self.texts(selector, text)
+            except PageLeft:
+                return []
+
+        return wait_until(look, f"no {selector} {text!r}", limit_s)[0]
 
     def wait_until_gone(self, selector: str, text: str = "", limit_s: float = LIMIT_S) -> None:
         """Wait until no such element is visible."""
