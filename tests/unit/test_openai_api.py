@@ -332,12 +332,20 @@ def test_headers_and_role_come_while_the_model_loads(serve: Callable[..., Server
 
 
 def test_leaving_a_stream_cancels_it(serve: Callable[..., Server]) -> None:
-    may_answer = threading.Event()
-    server = serve(lambda prompt: "too late" if may_answer.wait(30) else "")
+    was_asked, may_answer = threading.Event(), threading.Event()
+
+    def slow(prompt: str) -> str:
+        was_asked.set()
+        return "too late" if may_answer.wait(30) else ""
+
+    server = serve(slow)
     body = json.dumps({**CHAT, "stream": True}).encode()
     try:
         with urllib.request.urlopen(f"{server.url}/v1/chat/completions", body, timeout=30) as response:
             response.readline()
+            assert was_asked.wait(30), (
+                "whoever leaves before that is answered by nobody, and nothing is to be cancelled"
+            )
         assert server.engine.was_cancelled.wait(10)
     finally:
         may_answer.set()
