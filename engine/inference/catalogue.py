@@ -35,6 +35,7 @@ _MIN_BEGINNING = 3
 _MIN_SIMILARITY = 0.7
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_SHIPPED = Path(__file__).with_name("shipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class ShippedAdapter:
     @property
     def path(self) -> Path:
         """Where its files are."""
-        return Path(__file__).with_name("shipped") / self.folder
+        return _SHIPPED / self.folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +249,18 @@ def shipped_adapter(hub_id: str) -> ShippedAdapter | None:
     entries = (entry for entry in catalogue().values() if hub_id and entry.hub_id.lower() == hub_id.lower())
     adapter = next((entry.adapter for entry in entries), None)
     return adapter if adapter is not None and adapter.path.is_dir() else None
+
+
+def is_shipped(folder: str | None) -> bool:
+    """Whether an adapter's folder is one that ships: trained for PLAN and PATCH, and no use for other questions.
+
+    Args:
+        folder: As the engine's status names it, None for the base.
+
+    Returns:
+        Whether it is.
+    """
+    return folder is not None and Path(folder).parent == _SHIPPED
 
 
 def memory_need_bytes(entry: CatalogueEntry, quantization: Quantization) -> int:

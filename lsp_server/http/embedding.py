@@ -6,6 +6,8 @@ import asyncio
 import math
 from collections.abc import Sequence
 
+from engine.inference.adapters import BASE
+from engine.inference.catalogue import is_shipped
 from engine.inference.protocol import Engine, GenerationRequest, Priority, SamplingParams
 from lsp_server.http.errors import HttpError
 from lsp_server.http.service import Service, tokenizer_of
@@ -51,14 +53,16 @@ async def embeddings(
 
 
 def _embedding_request(engine: Engine, text: str | Sequence[int], *, truncate: bool) -> GenerationRequest:
-    most = engine.status().context_length - 1
+    status = engine.status()
+    most, adapter = status.context_length - 1, BASE if is_shipped(status.adapter) else None
     tokenizer = tokenizer_of(engine)
     token_ids = (tokenizer.encode(text) or tokenizer.encode(" ")) if isinstance(text, str) else text
     if len(token_ids) > most and not truncate:
         raise HttpError(
             400, "the input length exceeds the context length", code="context_length_exceeded", param="input"
         )
-    return GenerationRequest(tuple(token_ids[:most]), SamplingParams(1), Priority.BACKGROUND, embed=True)
+    params = SamplingParams(1)
+    return GenerationRequest(tuple(token_ids[:most]), params, Priority.BACKGROUND, adapter=adapter, embed=True)
 
 
 def _unit(vector: Sequence[float]) -> list[float]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import ModelError
+from engine.inference.adapters import BASE
+from engine.inference.catalogue import is_shipped
 from engine.inference.protocol import Engine, GenerationRequest, Grammar, Message, Priority, ToolCall
 from engine.inference.tokenizer import HFChatTokenizer
 from lsp_server.http.bodies import checked
@@ -65,6 +67,8 @@ class Ask:
 def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
     """The engine's request; an older part of the chat, or the beginning of a raw prompt, is left out if it must be.
 
+    An adapter that ships was trained for edits, so that these questions go to the base model.
+
     Takes as long as tokenizing does, so it is for a thread.
 
     Args:
@@ -77,7 +81,8 @@ def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
     Raises:
         HttpError: 400: the chat cannot be put into the model's template, or does not fit the model's context.
     """
-    context_length = engine.status().context_length
+    status = engine.status()
+    context_length, adapter = status.context_length, BASE if is_shipped(status.adapter) else None
     limit = room(ask.options, context_length)
     try:
         token_ids = _token_ids(engine, ask, limit, context_length)
@@ -94,7 +99,7 @@ def request_of(engine: Engine, ask: Ask) -> GenerationRequest:
         stop_token_ids=stop_token_ids,
         top_logprobs=ask.top_logprobs,
     )
-    return GenerationRequest(tuple(token_ids), params, Priority.BACKGROUND)
+    return GenerationRequest(tuple(token_ids), params, Priority.BACKGROUND, adapter=adapter)
 
 
 def _token_ids(engine: Engine, ask: Ask, limit: int, context_length: int) -> list[int]:

@@ -70,7 +70,8 @@ def test_a_server_takes_each_choice_and_the_way_back(adapters: Path, tmp_path: P
             said = choose(tmp_path, "use", name)
             assert (said["live_in"], said["not_taken_by"]) == ([pid], [])
             assert call(f"{url}/health")[1]["adapter_path"] == str(adapters / name)
-        (old, new) = choose(tmp_path, "list")
+        listed = {row["version"]: row for row in choose(tmp_path, "list")}
+        old, new, ships = listed["house-v1"], listed["house-v2"], listed["qwen2.5-coder-0.5b-edits-v1"]
         assert (old["version"], old["used"], old["live_in"]) == ("house-v1", "", [])
         assert (new["version"], new["used"], new["live_in"]) == ("house-v2", "yes", [pid])
         assert call(f"{url}/health")[1]["adapter_version"] == new["digest"] != old["digest"]
@@ -78,7 +79,7 @@ def test_a_server_takes_each_choice_and_the_way_back(adapters: Path, tmp_path: P
         assert call(f"{url}/health")[1]["adapter_path"] == str(adapters / "house-v1")
         choose(tmp_path, "rollback")
         health = call(f"{url}/health")[1]
-        assert (health["adapter_path"], health["adapter_version"]) == (None, "__none__")
+        assert (health["adapter_path"], health["adapter_version"]) == (ships["folder"], ships["digest"])
         assert "used from now on" in planpatch("adapters", "use", "house-v2", cwd=tmp_path).err
 
 

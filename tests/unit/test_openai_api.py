@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from engine.errors import EngineError
+from engine.inference.catalogue import shipped_adapter
 from engine.inference.grammar import grammar_fault
 from engine.inference.protocol import FinishReason, Grammar
 from lsp_server.http.openai_bodies import answer_schema
@@ -22,6 +23,7 @@ from lsp_server.http.splitting import ThinkSplitter
 from lsp_server.http.tool_calls import find_calls
 from tests.http_server import SCRIPTED, ScriptedChat, call, events, listen
 from tests.scripted_engine import Reply, Script
+from tests.unit.test_adapters import write
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": SCRIPTED, "messages": HI}
@@ -329,6 +331,19 @@ def test_headers_and_role_come_while_the_model_loads(serve: Callable[..., Server
         assert server.engine.requests == []
         loaded.set()
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_an_adapter_that_ships_is_for_edits_and_a_user_s_own_for_all(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(["one", "two"])
+    ships = shipped_adapter("Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    assert ships is not None
+    for folder in (ships.path, write(tmp_path / "mine")):
+        server.engine.use_adapter(str(folder))
+        body = json.dumps(CHAT).encode()
+        urllib.request.urlopen(f"{server.url}/v1/chat/completions", body, timeout=30).close()
+    assert [request.adapter for request in server.engine.requests] == ["__none__", None]
 
 
 def test_leaving_a_stream_cancels_it(serve: Callable[..., Server]) -> None:
