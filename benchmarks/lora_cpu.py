@@ -2,11 +2,9 @@
 
     python benchmarks/lora_cpu.py [--peft]
 
-Needs the model (`planpatch models pull qwen2.5-coder-0.5b-instruct`). Prints a line of JSON for each request: seconds to
-the first token of a new prompt, and seconds a token after it.
+Needs the model (`planpatch models pull qwen2.5-coder-0.5b-instruct`). Prints a line of JSON for each request: seconds
+to the first token of a new prompt, and seconds a token after it.
 """
-
-# ruff: noqa: E402
 
 from __future__ import annotations
 
