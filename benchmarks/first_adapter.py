@@ -14,7 +14,8 @@ place, and on these the adapter is held to the base (KL divergence over their to
 mend and forgets little else. `--hold 0` learns general rows as the other rows.
 
 A small model's own plans are often wrong, and an adapter that saw right ones alone follows them. So most rows with
-a plan wait until 0.4 of the run is over; then the model plans for them itself, and learns the right answer beside that.
+a plan, and `--own-plans` of the rows without one, wait until 0.4 of the run is over; then the model plans for them
+itself, and learns the right answer beside that.
 
 Not covered: resuming, several GPUs, quantized bases; `planpatch train qlora` has those.
 """
@@ -46,7 +47,7 @@ _WINDOW = 2048  # rows that are sorted by length together
 _LOSS_CHUNK = 2048  # positions whose logits are in memory at once
 _PLAN, _AFTER_PLAN = "## Plan:\n", "## Code After:\n"
 _PLAN_QUESTION = "Say in one short sentence which lines must change, and how. No code block.\n"
-_WITH_PLAN = "patch with plan"
+_WITH_PLAN, _WITHOUT_PLAN = "patch with plan", "patch"
 _OWN_PLANS_AT = 0.4  # of the run
 _PLAN_TOKENS = 16  # of a plan, as in the product
 _PLANS_AT_ONCE = 192
@@ -62,6 +63,8 @@ def main() -> None:
     texts = _rows(args.train)[: args.limit or None]
     rng = random.Random(args.seed)
     planned = [row for row in texts if row["stage"] == _WITH_PLAN and rng.random() >= _TOLD_SHARE]
+    plain = [row for row in texts if row["stage"] == _WITHOUT_PLAN]
+    planned += rng.sample(plain, min(args.own_plans, len(plain)))
     later = {id(row) for row in planned}
     train = _encoded([row for row in texts if id(row) not in later], tokenizer, args.max_tokens)
     val = _encoded(_rows(args.val)[: max(8, args.limit // 8) if args.limit else None], tokenizer, args.max_tokens)
@@ -75,6 +78,7 @@ def main() -> None:
         "seed": args.seed,
         "targets": TARGETS,
         "hold": args.hold,
+        "own_plans": args.own_plans,
         "probes": [],
     }
     record["val_loss_base"] = _val_loss(base, val, args.batch_tokens)
@@ -127,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hold", type=float, default=1.0, help="Weight of the divergence on general rows.")
     parser.add_argument("--hold-every", type=int, default=1, help="Steps between two batches of general rows.")
     parser.add_argument("--hold-tokens", type=int, default=4096, help="Padded tokens of such a batch.")
+    parser.add_argument("--own-plans", type=int, default=0, help="Rows without a plan that get one of the model's own.")
     parser.add_argument("--max-tokens", type=int, default=1536)
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--probe-seconds", type=float, default=20.0)
@@ -164,7 +169,9 @@ def _with_own_plans(
 ) -> list[dict[str, Any]]:
     """The rows with the plan that the model makes for them now, in place of the right one."""
     end = tokenizer.token_id("<|im_end|>") or 0
-    parts = [(row, row["input"][: row["input"].rindex(_PLAN)]) for row in rows]
+    parts = [
+        (row, row["input"][: row["input"].rindex(_PLAN if row["stage"] == _WITH_PLAN else _AFTER_PLAN)]) for row in rows
+    ]
     asked = [
         (row, head, tokenizer.encode_chat([Message("user", head + _PLAN + _PLAN_QUESTION)])) for row, head in parts
     ]
