@@ -209,7 +209,8 @@ def plan_job(request: Request) -> Job:
 
 def _device_of(request: Request) -> str:
     name, _, number = request.device.partition(":")
-    if name == "cuda" and number not in ("", "0"):  # transformers trains on the first GPU that it sees
+    own = os.environ.get("LOCAL_RANK", "0")  # the GPU of one of several processes
+    if name == "cuda" and number not in ("", own):  # transformers trains on the first GPU that it sees
         raise UsageError(
             f"Training takes the first GPU, not {request.device}",
             hint=f"Show it that one alone: CUDA_VISIBLE_DEVICES={number} planpatch train qlora … --device cuda",

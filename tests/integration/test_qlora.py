@@ -370,6 +370,17 @@ def test_another_gpu_than_the_first_is_refused_with_the_way_to_take_it(base: Pat
     assert "CUDA_VISIBLE_DEVICES=1 planpatch train qlora" in caught.value.hint
 
 
+def test_one_of_several_processes_takes_its_own_gpu(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(qlora, "choose_device", lambda wanted: wanted)
+    second = replace(request_of(base, tmp_path), device="cuda:1")
+    assert qlora._device_of(second) == "cuda:1"
+    with pytest.raises(UsageError, match="takes the first GPU, not cuda:2"):
+        qlora.plan_job(replace(second, device="cuda:2"))
+
+
 def test_rows_that_gpus_cannot_share_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rows_per_step is 2, which 4 GPUs cannot share"):
         qlora.train(request_of(base, tmp_path, num_gpus=4), lambda _: None)
