@@ -70,18 +70,17 @@ def generate(args: argparse.Namespace) -> None:
             raise AssertionError("a stream ends with a Completion")
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for line in pool.map(ask, _problems(args.problems)[: args.limit]):
+            for line in pool.map(ask, read_problems(args.problems)[: args.limit]):
                 out.write(json.dumps(line) + "\n")
                 out.flush()
 
 
 def score(problems_path: Path, results: list[Path]) -> None:
     """Run the tests, print how many pass, and the difference of two files."""
-    problems = {problem["task_id"]: problem for problem in _problems(problems_path)}
+    problems = {problem["task_id"]: problem for problem in read_problems(problems_path)}
     passed: list[dict[str, bool]] = []
     for path in results:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        passed.append({line["task_id"]: _passes(problems[line["task_id"]], line["text"]) for line in lines})
+        passed.append({name: passes(problems[name], line["text"]) for name, line in read_answers(path).items()})
         print(f"{path}: {sum(passed[-1].values())} of {len(passed[-1])}")
     if len(passed) == 2:
         common = sorted(passed[0].keys() & passed[1].keys())
@@ -90,12 +89,20 @@ def score(problems_path: Path, results: list[Path]) -> None:
         print(f"difference: {100 * sum(steps) / len(steps):+.1f} points, 95% from {low:+.1f} to {high:+.1f}")
 
 
-def _problems(path: Path) -> list[dict[str, Any]]:
+def read_problems(path: Path) -> list[dict[str, Any]]:
+    """The benchmark's lines, from a file that may be gzipped."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in data.splitlines() if line.strip()]
 
 
-def _passes(problem: dict[str, Any], text: str) -> bool:
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """What `generate` wrote, by `task_id`."""
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return {line["task_id"]: line for line in lines}
+
+
+def passes(problem: dict[str, Any], text: str) -> bool:
+    """Whether the problem's tests pass with this answer, in a process of its own with little memory and time."""
     code = text.split("\n```")[0]
     head = problem["prompt"].split(f"def {problem['entry_point']}")[0]
     whole = f"{head}\n{code}" if f"def {problem['entry_point']}" in code else problem["prompt"] + code

@@ -71,7 +71,7 @@ def test_a_server_takes_each_choice_and_the_way_back(adapters: Path, tmp_path: P
             assert (said["live_in"], said["not_taken_by"]) == ([pid], [])
             assert call(f"{url}/health")[1]["adapter_path"] == str(adapters / name)
         listed = {row["version"]: row for row in choose(tmp_path, "list")}
-        old, new, ships = listed["house-v1"], listed["house-v2"], listed["qwen2.5-coder-0.5b-edits-v1"]
+        old, new, ships = listed["house-v1"], listed["house-v2"], listed["qwen2.5-coder-0.5b-edits-v2"]
         assert (old["version"], old["used"], old["live_in"]) == ("house-v1", "", [])
         assert (new["version"], new["used"], new["live_in"]) == ("house-v2", "yes", [pid])
         assert call(f"{url}/health")[1]["adapter_version"] == new["digest"] != old["digest"]

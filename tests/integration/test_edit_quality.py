@@ -5,13 +5,17 @@ PLANPATCH_BENCH_PYTHON a Python that has the packages their tests import (defaul
 
 A CPU runs the 0.5B, without plans. What takes a GPU is run there with `bench cases --batch 54 --quantization bf16`, and
 PLANPATCH_BENCH_RESULTS names a folder with its results, `15-rewrite-no-plan.jsonl`, the details beside it, and
-`machine.txt`, which says what they were made with; these are judged here.
+`machine.txt`, which says what they were made with; these are judged here. So are the adapters that ship: the folder's
+`adapters/` holds `15-base-no-plan.jsonl`, `15-base-plan.jsonl` and `15-adapter-no-plan.jsonl` over dev and mutants,
+`human-15-base.jsonl` and `human-15-adapter.jsonl` of `benchmarks/humaneval.py` with its `HumanEval.jsonl.gz`, and
+`digests.json`, which says which adapter answered.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +25,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import humaneval
+from engine.inference.catalogue import catalogue
 from lsp_server.cli import main
 from tests.steering import BENCH, BENCH_PYTHON, BENCH_RESULTS
 
@@ -63,10 +69,10 @@ def run_bench(cases: Path, out: Path, *options: str) -> None:
     assert main([*arguments, "--model", _MODELS["0.5B"], *_ON_CPU]) == 0
 
 
-def score(bench: Path, out: Path, scored: Path) -> dict[str, dict[str, Any]]:
+def score(bench: Path, out: Path, scored: Path, tasks: tuple[str, ...] = ("dev.jsonl",)) -> dict[str, dict[str, Any]]:
     """What the tasks' checker says of each result, by id."""
     python = BENCH_PYTHON or sys.executable
-    command = [sys.executable, str(bench / "check.py"), str(out), "--tasks", str(bench / "dev.jsonl")]
+    command = [sys.executable, str(bench / "check.py"), str(out), "--tasks", *(str(bench / name) for name in tasks)]
     done = subprocess.run([*command, "--python", python, "--details", str(scored)], check=False)
     assert done.returncode == 0, f"{python} lacks packages that the tasks need: pip install -r requirements-bench.txt"
     return read_lines(scored)
@@ -99,6 +105,53 @@ def test_edit_quality_of_results_made_on_a_gpu(
     out = Path(BENCH_RESULTS).resolve() / f"{model[0]}{model[2]}-{edit_format}-{plan}.jsonl"
     machine = (out.parent / "machine.txt").read_text(encoding="utf-8").strip()
     judge((model, edit_format, plan), machine, out, bench, tasks, tmp_path, record_figure)
+
+
+@pytest.mark.parametrize("model", _MODELS)
+def test_an_adapter_that_ships_solves_more_and_forgets_nothing(
+    model: str, bench: Path, tmp_path: Path, record_figure: RecordFigure
+) -> None:
+    if not BENCH_RESULTS:
+        pytest.skip("PLANPATCH_BENCH_RESULTS names no folder with results")
+    folder, size = Path(BENCH_RESULTS).resolve() / "adapters", f"{model[0]}{model[2]}"
+    ships = catalogue()[_MODELS[model]].adapter
+    assert ships is not None
+    assert ships.digest == json.loads((folder / "digests.json").read_text())[size]
+    passed: dict[str, dict[str, bool]] = {}
+    for run in ("base-no-plan", "base-plan", "adapter-no-plan"):
+        out, scored = folder / f"{size}-{run}.jsonl", tmp_path / f"{run}.scored.jsonl"
+        rows = score(bench, out, scored, ("dev.jsonl", "mutants_dev.jsonl"))
+        passed[run] = {name: row["outcome"] == "pass" for name, row in rows.items()}
+        record_figure(f"{model}, {run}: passed", sum(passed[run].values()), f"of {len(rows)}")
+    best = max((run for run in passed if run.startswith("base")), key=lambda run: sum(passed[run].values()))
+    names = sorted(passed[best])
+    assert names == sorted(passed["adapter-no-plan"])
+    gained, low, high = paired_points([passed["adapter-no-plan"][name] - passed[best][name] for name in names])
+    record_figure(f"{model}: gained over {best}", f"{gained:+.1f}", f"points, 95% from {low:+.1f} to {high:+.1f}")
+    assert gained >= 7.0
+    assert low > 0.0
+    problems = {row["task_id"]: row for row in humaneval.read_problems(folder / "HumanEval.jsonl.gz")}
+    right = {
+        run: {
+            name: humaneval.passes(problems[name], line["text"])
+            for name, line in humaneval.read_answers(folder / f"human-{size}-{run}.jsonl").items()
+        }
+        for run in ("base", "adapter")
+    }
+    assert set(right["base"]) == set(right["adapter"]) == set(problems)
+    kept, low, high = paired_points([right["adapter"][name] - right["base"][name] for name in problems])
+    counts = f"{sum(right['base'].values())} to {sum(right['adapter'].values())} of {len(problems)}"
+    record_figure(
+        f"{model}: functions from docstrings, {counts}", f"{kept:+.1f}", f"95% from {low:+.1f} to {high:+.1f}"
+    )
+    assert kept >= -2.0
+
+
+def paired_points(steps: list[int]) -> tuple[float, float, float]:
+    """Mean difference in points of a hundred, and its 95% interval by bootstrap over the tasks."""
+    rng = random.Random(1)
+    means = sorted(100 * sum(rng.choices(steps, k=len(steps))) / len(steps) for _ in range(10_000))
+    return 100 * sum(steps) / len(steps), means[250], means[9749]
 
 
 def judge(

@@ -52,7 +52,8 @@ def test_the_wheel_holds_the_packages_the_data_and_the_launchers(wheel: Path) ->
     }
     assert "engine/inference/catalogue.json" in names
     assert "lsp_server/http/status.html" in names
-    assert "engine/inference/shipped/qwen2.5-coder-0.5b-edits-v1/adapter_model.safetensors" in names
+    for size in ("0.5b-edits-v2", "1.5b-edits-v1"):
+        assert f"engine/inference/shipped/qwen2.5-coder-{size}/adapter_model.safetensors" in names
     assert "planpatch-0.1.0.dist-info/licenses/LICENSE" in names
     assert "planpatch-0.1.0.dist-info/entry_points.txt" not in names
 

@@ -56,7 +56,7 @@ def test_the_pieces_of_each_embedded_model_add_up() -> None:
 
 def test_the_adapters_that_ship_are_the_ones_the_catalogue_names() -> None:
     shipped = {entry.name: entry.adapter for entry in catalogue().values() if entry.adapter}
-    assert set(shipped) == {"qwen2.5-coder-0.5b-instruct"}
+    assert set(shipped) == {"qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"}
     for name, adapter in shipped.items():
         files = read_adapter(adapter.path)
         assert (files.digest, files.base_model) == (adapter.digest, catalogue()[name].hub_id)

@@ -161,7 +161,7 @@ def test_one_broken_check_does_not_end_the_others(home: Path, monkeypatch: pytes
 def test_the_adapter_that_ships_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLANPATCH_MODEL", "qwen2.5-coder-0.5b-instruct")
     said = check_named("adapter", examine(os.environ)).detail
-    assert said.startswith("qwen2.5-coder-0.5b-edits-v1, which ships with PlanPatch (sha256 ")
+    assert said.startswith("qwen2.5-coder-0.5b-edits-v2, which ships with PlanPatch (sha256 ")
     monkeypatch.setenv("PLANPATCH_ADAPTER", "__none__")
     assert check_named("adapter", examine(os.environ)).detail == "none: the base model is used"
 
