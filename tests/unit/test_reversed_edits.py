@@ -329,3 +329,20 @@ def test_names_of_mutants_are_no_names_of_tasks(tmp_path: Path) -> None:
     assert read_references([tmp_path / "t.jsonl"]).names == {"own", "merge"}
     (tmp_path / "m.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert read_references([tmp_path / "m.jsonl"]).names == set()
+
+
+def test_tasks_as_an_evaluation_harness_keeps_them(tmp_path: Path) -> None:
+    """MBPP has its function in `code`, its tests in `test_list`; harnesses put the task into `doc`."""
+    task = {
+        "task_id": 7,
+        "text": "Write a function to count words that start with a capital letter and end with a digit, please.",
+        "code": "def count_such(words):\r\n    return sum(w[0].isupper() and w[-1].isdigit() for w in words if w)",
+        "test_list": ["assert count_such(['Ab1', 'b2', 'C', 'Dd9', 'Ee', 'F00', 'g']) == 3"],
+    }
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"request_type": "loglikelihood", "doc": task}) + "\n")
+    found = read_references([tmp_path / "requests.jsonl"]).found_in
+    assert found(str(task["code"]), "renamed") == "requests.jsonl"
+    assert found(str(task["text"]), "") == "requests.jsonl"
+    assert found(str(task["test_list"]), "") == "requests.jsonl"
+    assert found("def count_such(): ...", "count_such") == "the name of a task's function"
+    assert not found("def another(words): return len(words)", "another")

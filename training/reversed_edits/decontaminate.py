@@ -131,16 +131,18 @@ def _add_tasks(references: References, name: str, data: bytes) -> None:
         if not line.strip():
             continue
         row = json.loads(line)
+        row = row["doc"] if isinstance(row.get("doc"), dict) else row  # as evaluation harnesses keep tasks
         function = row.get("function") or row.get("entry_point") or ""
         solution = f"{row.get('prompt', '')}{row.get('canonical_solution', '')}"
         texts = [
             str(row[key]) for key in ("before", "after", "intent", "tests", "test", "text", "code") if row.get(key)
         ]
+        texts += [str(test) for test in row.get("test_list", ())]
         # A mutant's function is one of its package; a name such as `add` or `merge` says nothing there.
         is_own = not str(row.get("id", "")).startswith("mutant/")
         references.add(name, [*texts, *([solution] if solution else [])], [function] if is_own else [])
-        if is_own and row.get("before"):
-            references.names.update(_function_names(str(row["before"])))
+        if is_own and (code := row.get("before") or row.get("code")):
+            references.names.update(_function_names(str(code)))
             references.names -= _COMMON_NAMES
 
 
