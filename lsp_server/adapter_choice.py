@@ -10,6 +10,7 @@ from engine.errors import AdapterError, UsageError
 from engine.inference.adapters import BASE
 from engine.patching.disk import write_atomically
 
+AUTO = "auto"  # what ships for the model
 _MAX_HISTORY = 50
 
 
@@ -38,8 +39,8 @@ class AdapterChoice:
 
     @property
     def is_made(self) -> bool:
-        """Whether the user ever chose."""
-        return bool(self._history)
+        """Whether the user chose, and not `auto` last."""
+        return bool(self._history) and self._history[-1] != AUTO
 
     @property
     def current(self) -> Path | None:
@@ -48,7 +49,7 @@ class AdapterChoice:
         Raises:
             AdapterError: It does not exist any more.
         """
-        if not self._history or self._history[-1] == BASE:
+        if not self._history or self._history[-1] in (BASE, AUTO):
             return None
         folder = Path(self._history[-1])
         if not folder.is_dir():
@@ -58,11 +59,11 @@ class AdapterChoice:
             )
         return folder
 
-    def use(self, folder: Path | None) -> None:
+    def use(self, folder: Path | str | None) -> None:
         """Choose a folder, None for the base model.
 
         Args:
-            folder: Absolute path.
+            folder: Absolute path, or `auto` for what is used where nothing is chosen.
 
         Raises:
             WriteError: The choice cannot be kept.

@@ -12,10 +12,10 @@ import typer
 from rich.markup import escape
 
 from engine.errors import UsageError
-from engine.inference.adapters import BASE, read_adapter
-from engine.inference.catalogue import shipped_adapter
+from engine.inference.adapters import BASE
+from engine.inference.catalogue import shipped_adapter, shipped_named
 from lsp_server import console
-from lsp_server.adapter_choice import AdapterChoice
+from lsp_server.adapter_choice import AUTO, AdapterChoice
 from lsp_server.cli_options import JsonOption, open_session
 from lsp_server.running import listeners
 from lsp_server.session import Session
@@ -82,23 +82,32 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 @adapters_app.command()
 def use(
     adapter: Annotated[
-        str, typer.Argument(help="Version, adapter folder, or __none__ for the base model.", show_default=False)
+        str,
+        typer.Argument(
+            help="Name in `adapters list`, adapter folder, __none__ for the base model, or auto for what ships.",
+            show_default=False,
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:
     """Use an adapter from now on, until the next `use` or `rollback`, whatever the gate says. Servers take it."""
     session = open_session({}, None, as_json)
-    folder = None if adapter == BASE else _folder_of(session, adapter)
-    if folder is not None:
-        read_adapter(folder)
-    AdapterChoice(session.paths.adapter_choice).use(folder)
+    folder = None if adapter in (BASE, AUTO) else _folder_of(session, adapter)
+    if folder is not None and (other := session.made_for_another(folder)) is not None:
+        raise UsageError(
+            f"{folder.name} was made for {other}, and the model is {session.model_ref().name}",
+            hint=f"planpatch adapters list shows what each was made for; PLANPATCH_MODEL={other} uses that model.",
+        )
+    AdapterChoice(session.paths.adapter_choice).use(AUTO if adapter == AUTO else folder)
     say_current(session, as_json)
 
 
 def _folder_of(session: Session, name: str) -> Path:
-    """A version's folder, or the folder of that name here."""
-    here, version = Path(name).absolute(), session.paths.qlora_out / name
-    return version if Path(name).name == name and version.is_dir() and not here.is_dir() else here
+    """A version's folder, that of an adapter which ships, or the folder of that name here."""
+    here, version, shipped = Path(name).absolute(), session.paths.qlora_out / name, shipped_named(name)
+    if Path(name).name != name or here.is_dir():
+        return here
+    return shipped.path if shipped is not None and not version.is_dir() else version if version.is_dir() else here
 
 
 @adapters_app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,6 +203,8 @@ def promote(
     session = open_session({"model": model}, None, as_json)
     version = find_version(session.paths.qlora_out, adapter)
     decision = decide(version, session.local_model(session.model_ref()).digest)
+    if version.evaluation and (missed := _not_compared(version, session.adapter())):
+        decision = replace(decision, against=(*decision.against, missed))
     if not decision.is_passed and not insist:
         if as_json:
             console.print_json({"ok": False, "adapter": str(version.folder), "gate": decision.to_json()})
@@ -213,7 +216,6 @@ def promote(
         console.warn(f"insisted, although {reason}")
     if decision.why:
         console.say(escape(decision.why))
-    _say_what_it_replaces(version, session.adapter())
     choice = AdapterChoice(session.paths.adapter_choice)
     if not (choice.is_made and choice.current == version.folder):
         note_promotion(version, decision, is_insisted=not decision.is_passed)
@@ -221,12 +223,12 @@ def promote(
     say_current(session, as_json, gate=decision.to_json())
 
 
-def _say_what_it_replaces(version: AdapterVersion, current: Path | None) -> None:
-    """The gate compared it with what was used then, or with what it was told; what runs now may be something better."""
+def _not_compared(version: AdapterVersion, current: Path | None) -> str:
+    """It was compared with what was used then, or with what it was told; what is used now may be something better."""
     if current is None or current == version.folder or version.evaluation.get("against") == current.name:
-        return
-    console.warn(
-        f"{version.folder.name} was not compared with {current.name}, which is used now: "
+        return ""
+    return (
+        f"it was not compared with {current.name}, which is used now: "
         f"planpatch train evaluate --adapter {version.folder.name}"
     )
 

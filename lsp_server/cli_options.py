@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from engine.errors import PathError, SettingError, UnknownScopeError, UsageError
 from engine.inference.adapters import BASE
-from engine.inference.catalogue import looks_like_path
+from engine.inference.catalogue import looks_like_path, shipped_named
 from engine.inference.engine import InProcessEngine
 from engine.patching.scopes import Scope, find_scope, list_scopes
 from engine.patching.source import Source, read_source
@@ -36,7 +36,7 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model name, hub id, folder or .gguf file.", show_default=False)
 ]
 AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="Adapter folder, or __none__.", show_default=False)
+    str | None, typer.Option("--adapter", help="Adapter folder, one that ships, or __none__.", show_default=False)
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=False)]
 QuantizationOption = Annotated[
@@ -76,12 +76,14 @@ def open_session(options: Mapping[str, object], file: Path | None, as_json: bool
 def _adapter_from_here(option: object) -> object:
     """An option's relative folder starts at the current folder if it is one there or begins with a dot.
 
-    Any other is a setting's value as well: it stands under PLANPATCH_HOME.
+    An adapter that ships goes by its name. Any other is a setting's value as well: it stands under PLANPATCH_HOME.
     """
     if not isinstance(option, str) or option.strip() in ("", "auto", BASE):
         return option
-    is_here = option.startswith(".") or os.path.isdir(option)
-    return str(Path(option).absolute()) if is_here else option
+    if option.startswith(".") or os.path.isdir(option):
+        return str(Path(option).absolute())
+    shipped = shipped_named(option)
+    return option if shipped is None else str(shipped.path)
 
 
 def _model_from_here(option: object) -> object:

@@ -68,13 +68,14 @@ def qlora(
     Running servers of this home lend their memory meanwhile and load their model again at the end. A run that is cut
     off, by whatever, goes on with --resume. Exit code 2: too few examples; 3: too little memory, or packages missing.
     """
-    from training.qlora import check_packages, train
+    from training.qlora import check_data, check_packages, train
 
     if resume and discard:
         raise UsageError("--resume and --discard cannot be combined")
     session, request = _request(config, data, val, out, model, device, num_gpus, values or [], as_json)
     request = replace(request, resume=resume, discard=discard, force=force)
     check_packages(request)
+    check_data(request)
     try:
         with _servers_released(session, not keep_servers), _Shown(as_json) as shown:
             folder = train(request, shown)
@@ -171,7 +172,7 @@ def _say_result(folder: Path, as_json: bool) -> None:
     held_out: dict[str, Any] = manifest.get("held_out") or {}
     if held_out:
         console.say(f"loss on what was held out: {held_out['loss_before']:.4f} → {held_out['loss_after']:.4f}")
-    console.say(escape(f"planpatch train evaluate --adapter {_name_to_give(folder)} holds it against its base"))
+    console.say(escape(f"planpatch train evaluate --adapter {_name_to_give(folder)} holds it against what is used now"))
     console.out.print(str(folder), markup=False)
 
 

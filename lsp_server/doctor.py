@@ -211,12 +211,17 @@ def _memory(session: Session, ref: ModelRef, device: str) -> list[Check]:
 
 
 def _adapter(session: Session) -> list[Check]:
-    """Which adapter is used and whether it can be read; whether it fits the model is seen when that is loaded."""
-    folder = session.adapter()
+    """Which adapter is used, whether it can be read, and whether it was made for the model as far as it says."""
+    folder, ref = session.adapter(), session.model_ref()
+    shipped = shipped_adapter(ref.hub_id or "")
     if folder is None:
-        return [Check("adapter", "ok", "none: the base model is used")]
+        ships = ref.entry.adapter if ref.entry is not None else None
+        why = f"; {ships.name} is not part of this installation" if ships is not None and shipped is None else ""
+        return [Check("adapter", "ok", f"none: the base model is used{why}")]
     files = read_adapter(folder)
-    shipped = shipped_adapter(session.model_ref().hub_id or "")
+    if (other := session.made_for_another(folder)) is not None:
+        fix = "planpatch adapters use auto, or __none__ for the base model."
+        return [Check("adapter", "problem", f"{folder} was made for {other}, and the model is {ref.name}", fix)]
     if shipped is not None and folder == shipped.path:
         return [Check("adapter", "ok", f"{shipped.name}, which ships with PlanPatch (sha256 {files.digest[:12]}…)")]
     base = f", made for {files.base_model}" if files.base_model else ""

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import AdapterError, PlanPatchError
-from engine.inference.adapters import BASE
-from engine.inference.catalogue import DeviceFacts, ModelRef, device_facts, resolve, shipped_adapter
+from engine.inference.adapters import BASE, read_adapter
+from engine.inference.catalogue import DeviceFacts, ModelRef, base_named, device_facts, resolve, shipped_adapter
 from engine.inference.engine import EngineConfig, InProcessEngine
 from engine.inference.loading import (
     LoadedModel,
@@ -193,6 +193,21 @@ class Session:
                 hint=f"Correct it, or use {BASE} for the base model.",
             )
         return folder
+
+    def made_for_another(self, folder: Path) -> str | None:
+        """The model of the catalogue that an adapter was made for, where the one that is used is another of it.
+
+        Args:
+            folder: The adapter's.
+
+        Returns:
+            Its name, or None: also where either is not in the catalogue, so that loading has to show whether they fit.
+
+        Raises:
+            AdapterError: The adapter cannot be read.
+        """
+        made_for, model = base_named(read_adapter(folder).base_model), self.model_ref().entry
+        return None if made_for is None or model is None or made_for == model else made_for.name
 
     def placement(self) -> tuple[str, Quantization]:
         """The device and the quantization that the settings mean on this machine; imports torch.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 from engine.errors import AdapterError, PathError, PlanPatchError, UsageError, WriteError
 from engine.inference.adapters import read_adapter
+from engine.inference.catalogue import shipped_named
 from engine.patching.disk import read_bytes, write_atomically
 from engine.patching.ledger_records import iso_utc
 
@@ -151,6 +153,11 @@ def find_version(out: Path, name: str | None) -> AdapterVersion:
         if not versions:
             raise UsageError(f"There is no adapter in {out}", hint="planpatch train qlora makes one.")
         return versions[-1]
+    if shipped_named(name) is not None and not (out / name).is_dir():
+        raise UsageError(
+            f"{name} ships with PlanPatch; it was measured before",
+            hint="planpatch adapters use auto goes back to it.",
+        )
     inside = out / name
     folder = inside if Path(name).name == name and inside.is_dir() else Path(name).expanduser().absolute()
     if not folder.is_dir():
@@ -302,10 +309,19 @@ def remove_version(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.removed")
     try:
         for leftover in folder.parent.glob(".*.removed"):
-            shutil.rmtree(leftover)
+            with suppress(OSError):  # another's; the next removal tries again
+                _delete(leftover)
         folder.replace(doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
     except OSError as fault:
         raise WriteError(
             f"{folder} cannot be deleted: {fault.strerror or fault}", hint="Close what holds it and try again."
         ) from fault
+
+
+def _delete(folder: Path) -> None:
+    """A folder with what is in it; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

@@ -189,11 +189,9 @@ def plan_job(request: Request) -> Job:
     device = _device_of(request)
     config = _for_device(request, device)
     quantization = "none" if device == "cpu" or config.quantization == "none" else "nf4"
+    examples = check_data(request)
     tokenizer = HFChatTokenizer(request.model)
-    examples = read_examples(request.data, tokenizer, config.row_tokens)
     held_out = read_examples(request.val, tokenizer, config.row_tokens) if request.val else Examples()
-    if len(examples.usable) < (1 if request.force else config.min_examples):
-        raise _too_few(examples, config)
     shapes = read_shapes(request.model, config.target_modules)
     needed = check_memory(shapes, config, device, quantization, free_memory_bytes(device))
     return Job(
@@ -205,6 +203,25 @@ def plan_job(request: Request) -> Job:
         val_rows=pack(held_out.usable, config.row_tokens, packing=config.packing),
         needed_bytes=needed,
     )
+
+
+def check_data(request: Request) -> Examples:
+    """Read the examples and see that there are enough of them; before servers are asked for their memory, too.
+
+    Args:
+        request: What is to be trained.
+
+    Returns:
+        The examples.
+
+    Raises:
+        UsageError: They cannot be used, or are too few.
+        PathError: The file cannot be read.
+    """
+    examples = read_examples(request.data, HFChatTokenizer(request.model), request.config.row_tokens)
+    if len(examples.usable) < (1 if request.force else request.config.min_examples):
+        raise _too_few(examples, request.config)
+    return examples
 
 
 def _device_of(request: Request) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import AdapterError
+from engine.inference.catalogue import is_shipped, shipped_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ BASE = "__none__"
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
+_MEND_SHIPPED = "Install PlanPatch again; until then planpatch adapters use __none__ goes without it."
 _PREFIX = "base_model.model."
 _MAX_LOADED = 2  # current and previous, so that an A/B run switches without reading files
 
@@ -61,7 +63,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
         AdapterError: A file is missing or damaged, or it is no LoRA adapter.
     """
     if not folder.is_dir():
-        raise AdapterError(f"The adapter folder {folder} does not exist", hint="Check ADAPTER_PATH, or use __none__.")
+        raise AdapterError(
+            f"The adapter folder {folder} does not exist", hint="planpatch adapters list shows which do."
+        )
     config_path, weights_path = folder / _CONFIG, folder / _WEIGHTS
     if not weights_path.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(f"{folder} holds pickle weights, which are never loaded", hint=f"Save it as {_WEIGHTS}.")
@@ -73,8 +77,15 @@ def read_adapter(folder: Path) -> AdapterFiles:
         adapter_type = config.get("peft_type")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error) as fault:
         raise AdapterError(
-            f"The adapter in {folder} cannot be read: {fault}", hint="Train or copy it again."
+            f"The adapter in {folder} cannot be read: {fault}",
+            hint=_MEND_SHIPPED if is_shipped(str(folder)) else "Train or copy it again.",
         ) from fault
+    shipped = shipped_named(folder.name) if is_shipped(str(folder)) else None
+    if shipped is not None and digest != shipped.digest:
+        raise AdapterError(
+            f"The adapter in {folder} is not the one that came with PlanPatch (sha256 {digest[:12]}…)",
+            hint=_MEND_SHIPPED,
+        )
     if adapter_type != "LORA":
         raise AdapterError(f"The adapter in {folder} is of type {adapter_type}; only LORA is supported")
     return AdapterFiles(folder, digest, str(config.get("base_model_name_or_path") or ""), shapes)
@@ -122,7 +133,7 @@ def check_fits(adapter: AdapterFiles, model: PreTrainedModel) -> None:
                 f"The adapter in {adapter.folder} was made for another base model"
                 f"{f' ({adapter.base_model})' if adapter.base_model else ''}: "
                 f"it needs a layer {layer_name} with {needs}, and {has}",
-                hint="Use an adapter that was trained on this model, or ADAPTER_PATH=__none__.",
+                hint="Use an adapter that was trained on this model, or planpatch adapters use __none__.",
             )
         num_found += 1
     if num_found == 0:

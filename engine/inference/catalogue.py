@@ -251,6 +251,32 @@ def shipped_adapter(hub_id: str) -> ShippedAdapter | None:
     return adapter if adapter is not None and adapter.path.is_dir() else None
 
 
+def shipped_named(name: str) -> ShippedAdapter | None:
+    """The adapter that ships under a name.
+
+    Args:
+        name: As `planpatch adapters list` shows it.
+
+    Returns:
+        The adapter, or None; its files may be missing.
+    """
+    adapters = (entry.adapter for entry in catalogue().values())
+    return next((adapter for adapter in adapters if adapter is not None and adapter.name == name), None)
+
+
+def base_named(base: str) -> CatalogueEntry | None:
+    """The catalogue's model that an adapter says it was made for.
+
+    Args:
+        base: The model's name or hub id, as adapters and their manifests have it; may be a path or empty.
+
+    Returns:
+        The model, or None where the catalogue does not know it.
+    """
+    wanted = base.lower()
+    return next((entry for entry in catalogue().values() if wanted in (entry.name, entry.hub_id.lower())), None)
+
+
 def is_shipped(folder: str | None) -> bool:
     """Whether an adapter's folder is one that ships: trained for PLAN and PATCH, and no use for other questions.
 

@@ -134,13 +134,17 @@ def test_whoever_insists_is_told_what_speaks_against_it(desk: Desk) -> None:
     assert "used from now on" in said.err
 
 
-def test_an_adapter_that_was_not_compared_with_the_one_in_use_is_told(desk: Desk) -> None:
+def test_an_adapter_that_was_not_compared_with_the_one_in_use_is_refused(desk: Desk) -> None:
     write(desk.out / "other-v1", config={"peft_type": "LORA", "r": 5})
     assert desk("adapters", "use", "other-v1").code == 0
-    said = desk("train", "promote", "house-v1", "--insist")
-    assert "house-v1 was not compared with other-v1, which is used now" in said.err
-    desk("adapters", "rollback")
     options = ["--adapter", "house-v1", "--data", "rows.jsonl", "--no-general"]
+    desk("train", "evaluate", *options, "--against", "__none__")
+    refused = desk("train", "promote", "house-v1", "--json")
+    assert refused.code == 1
+    assert refused.json["gate"]["against"][-1].startswith("it was not compared with other-v1, which is used now: ")
+    said = desk("train", "promote", "house-v1", "--insist")
+    assert "insisted, although it was not compared with other-v1" in said.err
+    desk("adapters", "rollback")
     compared = desk("train", "evaluate", *options, "--against", "other-v1", "--json")
     assert (compared.json["against"], compared.json["edits"]["right"]["won"]) == ("other-v1", 0)
     assert "was not compared" not in desk("train", "promote", "house-v1", "--insist").err
