@@ -176,6 +176,7 @@ def forget(places: Places, ledger: Ledger, which: Forgettable, *, with_adapters:
         _remove(places.pending)
         paths = {phrase for phrase in phrases if os.path.isabs(phrase)} if which.before is None else set[str]()
         done.left = [str(file) for file in _other_files(places) if _names_one(file, paths)]
+        done.left += [str(file) for file in _copies(places) if _names_one(file, {*paths, *ids})]
     return done
 
 
@@ -307,6 +308,14 @@ def _other_files(places: Places) -> Iterator[Path]:
         for name in sorted(files):
             file = Path(folder, name)
             if file not in ours and file.is_file() and not file.is_symlink():
+                yield file
+
+
+def _copies(places: Places) -> Iterator[Path]:
+    """Files beside journal and data sets that are none: copies that the user made."""
+    for folder in (places.journal, places.data):
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and not file.is_symlink() and file.suffix != ".jsonl":
                 yield file
 
 

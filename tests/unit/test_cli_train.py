@@ -118,6 +118,16 @@ def test_the_users_setting_turns_the_log_off(planpatch: Desk, monkeypatch: pytes
     assert planpatch.holding('"kind": "edit"') == []
 
 
+def test_forget_names_a_copy_of_a_data_set_that_it_leaves(planpatch: Desk) -> None:
+    planpatch.keep("zebra.py", 1, intent="negate the zebra")
+    made = planpatch.json("train", "dataset")
+    train, copy = Path(made["files"]["train"]), Path(made["files"]["train"] + ".bak")
+    copy.write_bytes(train.read_bytes())
+    train.with_name("notes.txt").write_text("nothing of it")
+    done = planpatch.json("train", "forget", "--file", "zebra.py", "--yes")
+    assert (done["left"], done["data_lines"]) == ([str(copy)], 1)
+
+
 def test_forget_removes_a_file_from_everything_and_is_refused_without_yes(planpatch: Desk) -> None:
     planpatch.keep("zebra.py", 1, intent="negate the zebra")
     planpatch.keep("horse.py", 2, intent="negate the horse")
