@@ -70,6 +70,14 @@ class AdapterChoice:
         """
         self._save([*self._history, BASE if folder is None else str(folder)][-_MAX_HISTORY:])
 
+    def renew(self) -> None:
+        """Write the same choices anew, which servers whose model could not be loaded take as a reason to try again.
+
+        Raises:
+            WriteError: They cannot be kept.
+        """
+        self._save(self._history)
+
     def rollback(self) -> None:
         """Go back to the choice before the last one.
 

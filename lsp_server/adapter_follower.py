@@ -1,19 +1,35 @@
 """A running server takes the adapter that was chosen elsewhere, within a second, without loading its model again.
 
-Not covered: an adapter whose files are replaced in place. Versions are folders of their own.
+Where the model could not be loaded, which may be the adapter's fault, each choice has it loaded once more.
+
+Not covered: an adapter whose files are replaced in place while a model runs with it. Versions are folders of their own.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from engine.errors import PlanPatchError
+from engine.inference.protocol import Engine
 from lsp_server.model_host import ModelHost
 from lsp_server.session import Session
 
 _LOOK_EVERY_S = 0.5
+
+log = logging.getLogger("planpatch.adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a look found: the engine, the setting, and what differs once the file of choices was written anew."""
+
+    engine: int
+    setting: str
+    stamp: tuple[int, int, int] | None
 
 
 class AdapterFollower:
@@ -33,7 +49,8 @@ class AdapterFollower:
         self._thread = threading.Thread(target=self._follow, name="planpatch-adapter", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch; called before the host's `start`, so that no choice is missed."""
+        self._seen = self._now(None)
         self._thread.start()
 
     def close(self) -> None:
@@ -43,16 +60,24 @@ class AdapterFollower:
             self._thread.join()
 
     def _follow(self) -> None:
-        seen: object = None
         while not self._stop.wait(_LOOK_EVERY_S):
-            seen = self._look(seen)
+            try:
+                self._seen = self._look(self._seen)
+            except Exception:  # it has to be there for the next choice
+                log.exception("the chosen adapter could not be looked at")
 
-    def _look(self, seen: object) -> object:
-        """What was seen now. The engine is not held between two looks: its memory may be asked for."""
+    def _look(self, seen: _Seen) -> _Seen:
+        """What was seen now. The engine is not held between two looks: its memory may be asked for.
+
+        While a model loads, what was seen before stands: a choice that came meanwhile may have come too late for it.
+        """
         engine = self._host.engine_or_none
-        now = (id(engine), self._stamp())
-        if engine is None or now == seen:
-            return seen
+        now = self._now(engine)
+        if engine is None:
+            is_chosen = (now.setting, now.stamp) != (seen.setting, seen.stamp)
+            return now if is_chosen and self._host.retry(self._session_of()) else seen
+        if (now.engine, now.stamp) == (seen.engine, seen.stamp):
+            return replace(seen, setting=now.setting)
         try:
             local = self._host.local_or_none
             folder = self._session_of().adapter(None if local is None else local.hub_id)
@@ -64,13 +89,13 @@ class AdapterFollower:
             self._tell(f"the adapter stays as it is: {error.message}", False)
         return now  # also where it failed: that is told once
 
-    def _stamp(self) -> tuple[int, int, int] | None:
-        """What differs once the file was written anew; None where there is none."""
+    def _now(self, engine: Engine | None) -> _Seen:
+        session = self._session_of()
         try:
-            status = os.stat(self._session_of().paths.adapter_choice)
+            status = os.stat(session.paths.adapter_choice)
         except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+            return _Seen(id(engine), session.settings.adapter, None)
+        return _Seen(id(engine), session.settings.adapter, (status.st_mtime_ns, status.st_size, status.st_ino))
 
 
 _WITHOUT = "no adapter is used from now on"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 adapters_app = typer.Typer(help="Adapters of the model.", no_args_is_help=True, rich_markup_mode=None)
 
 _TAKEN_WITHIN_S = 15.0
+_LOADS_AGAIN_WITHIN_S = 2.0  # a server looks twice a second
 _SILENT = ""
 
 
@@ -149,47 +150,63 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
     """
     current = session.adapter()
     is_chosen = session.settings.adapter == "auto"
-    taken, others = _wait_until_taken(session, current) if is_chosen else ([], [])
+    taken, others, failed = _wait_until_taken(session, current) if is_chosen else ([], [], {})
     if as_json:
         known = {"adapter": str(current) if current else BASE, "live_in": taken, "not_taken_by": others}
-        console.print_json({"ok": True, **known, **facts})
+        left = [{"pid": pid, "message": message} for pid, message in failed.items()]
+        console.print_json({"ok": True, **known, "failed": left, **facts})
         return
     console.say(f"used from now on: {escape(str(current)) if current else 'the base model'}")
     for pid in taken:
         console.say(f"  the server of process {pid} has taken it")
     for pid in others:
         console.warn(f"the server of process {pid} has not taken it: it has an adapter of its own, or its log says why")
+    for pid, message in failed.items():
+        console.warn(f"the server of process {pid} still has no model: {message}")
     if not is_chosen:
         source = session.settings.source_of("adapter")
         console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")
 
 
-def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int]]:
-    """Servers that run with the adapter now, and those that after a while still do not, or do not answer.
+def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int], dict[int, str]]:
+    """Servers that run with the adapter now, those that after a while still do not, and those whose model failed.
 
-    One that is still loading its model is neither: it will take what is chosen then. One whose own setting names an
-    adapter will not take another, and is not waited for.
+    One that is still loading its model is none of these: it will take what is chosen then. Only one that loads again,
+    since it had failed, is waited for. One whose own setting names an adapter will not take another, and is not.
     """
     wanted = str(current) if current else None
-    deadline = time.monotonic() + _TAKEN_WITHIN_S
+    began = time.monotonic()
+    had_failed: set[int] = set()
     while True:
         live = _live(session)
-        others = [pid for pid, server in live.items() if server.folder != wanted]
-        if all(live[pid].is_fixed for pid in others) or time.monotonic() > deadline:
-            return [pid for pid in live if pid not in others], others
+        failed = {pid: server.failure for pid, server in live.items() if server.failure}
+        had_failed |= failed.keys()
+        loaded = {pid: server for pid, server in live.items() if not server.failure and not server.is_loading}
+        others = [pid for pid, server in loaded.items() if server.folder != wanted]
+        passed_s = time.monotonic() - began
+        is_loading = any(server.is_loading and pid in had_failed for pid, server in live.items())
+        may_load = bool(failed) and passed_s < _LOADS_AGAIN_WITHIN_S
+        is_over = not is_loading and not may_load and all(loaded[pid].is_fixed for pid in others)
+        if is_over or passed_s > _TAKEN_WITHIN_S:
+            return [pid for pid in loaded if pid not in others], others, failed
         time.sleep(0.2)
 
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """What a server runs with: the adapter's folder, empty where it did not answer; whether its own setting says so."""
+    """What a server runs with: the adapter's folder, empty where it did not answer; whether its own setting says so.
+
+    One whose model could not be loaded has the reason of that as `failure`; one that loads its model has no folder yet.
+    """
 
     folder: str | None
     is_fixed: bool = False
+    failure: str = ""
+    is_loading: bool = False
 
 
 def _live(session: Session) -> dict[int, _Live]:
-    """Each server of this home that has a model. Servers without a listener are not asked."""
+    """Each server of this home that has a model, loads it, or failed to. Servers without a listener are not asked."""
     found: dict[int, _Live] = {}
     for server in listeners(session.paths.runtime_file):
         answer = server.health()
@@ -197,4 +214,9 @@ def _live(session: Session) -> dict[int, _Live]:
             found[server.pid] = _Live(_SILENT)
         elif answer["model_loaded"]:
             found[server.pid] = _Live(answer["adapter_path"], answer.get("adapter_setting", "auto") != "auto")
+        elif answer["status"] == "failed":
+            said = ". ".join(text for text in (answer["message"], answer["hint"]) if text)
+            found[server.pid] = _Live(_SILENT, failure=said or "it failed")
+        elif answer["status"] == "loading":
+            found[server.pid] = _Live(_SILENT, is_loading=True)
     return found

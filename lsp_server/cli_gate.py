@@ -220,6 +220,8 @@ def promote(
     if not (choice.is_made and choice.current == version.folder):
         note_promotion(version, decision, is_insisted=not decision.is_passed)
         choice.use(version.folder)
+    else:
+        choice.renew()
     say_current(session, as_json, gate=decision.to_json())
 
 

@@ -261,9 +261,9 @@ class PlanPatchServer(LanguageServer):
         if isinstance(found, dict):
             self._editor_settings = {**self._editor_settings, **cast("dict[str, object]", found)}
         self._read_settings()
+        self._follower.start()
         self._host.start(self._session)
         self._has_begun.set()
-        self._follower.start()
         self._http.start()
         for process in (self._parsers, self._prover):
             await asyncio.to_thread(process.start)

@@ -8,9 +8,11 @@ Not covered: memory that a process takes between the check and the load; torch's
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -109,14 +111,26 @@ class ModelHost:
             if self._holder is not None:
                 return  # loaded when the memory comes back
             self._generation += 1
-            generation = self._generation
             old, self._engine, self._local = self._engine, None, None
-        self._tell(generation, HostStatus("loading", message="looking for the model", is_pull=pull))
-        work = threading.Thread(
-            target=self._load, args=(generation, session, old, pull), name="planpatch-load", daemon=True
-        )
-        self._loading = work
-        work.start()
+            self._status = HostStatus("loading", message="looking for the model", is_pull=pull)
+            work = (self._generation, session, old, pull, self._status)
+            self._loading = threading.Thread(target=self._load, args=work, name="planpatch-load", daemon=True)
+            self._loading.start()
+
+    def retry(self, session: Session) -> bool:
+        """Load again what could not be loaded, since what stood in its way may have changed.
+
+        Args:
+            session: Settings and store.
+
+        Returns:
+            Whether it does; False where nothing failed, or another load began meanwhile.
+        """
+        with self._changed:
+            if self._status.state != "failed" or self._session is None:
+                return False
+            self.start(session)
+            return True
 
     def cancel_pull(self) -> bool:
         """End the pull that goes on. Pieces and files that arrived whole are kept for the next one.
@@ -232,7 +246,11 @@ class ModelHost:
         if engine is not None:
             engine.close()
 
-    def _load(self, generation: int, session: Session, old: InProcessEngine | None, pull: bool) -> None:
+    def _load(
+        self, generation: int, session: Session, old: InProcessEngine | None, pull: bool, begun: HostStatus
+    ) -> None:
+        self._tell(generation, begun)
+        failed: HostStatus | None = None
         try:
             if old is not None:
                 old.close()  # its memory is needed
@@ -256,20 +274,27 @@ class ModelHost:
             holders = other_holders(session.paths.servers) if "needed_bytes" in error.details else []
             reason = "held" if holders else "memory" if "needed_bytes" in error.details else ""
             if state == "failed":
-                log.error("%s", error.message, exc_info=error.__cause__)
+                log.error("%s", " ".join(f"{error.message}. {error.hint}".split()))
             message = "; ".join([error.message, *([", ".join(holders)] if holders else [])])
-            self._tell(generation, HostStatus(state, self._status.model, message, error.hint, reason))
+            failed = HostStatus(state, self._status.model, message, error.hint, reason)
         except Exception as fault:  # a library failed: generation is off, the server stays
             log.exception("the model cannot be loaded")
             message = f"The model cannot be loaded: {type(fault).__name__}: {fault}"
-            self._tell(generation, HostStatus("failed", self._status.model, message, "planpatch doctor says more."))
+            failed = HostStatus("failed", self._status.model, message, "planpatch doctor says more.")
+        if failed is not None:
+            _free_memory()
+            self._tell(generation, failed)
 
     def _read(self, generation: int, session: Session, local: LocalModel, ref: ModelRef) -> None:
         """Have the engine, unless another model was asked for meanwhile; called by one thread at a time."""
         if generation != self._generation:
             return
         engine = session.engine(local, ref)
-        engine.wait_until_ready()
+        try:
+            engine.wait_until_ready()
+        except BaseException:
+            engine.close()  # its thread has ended before another load may begin
+            raise
         with self._changed:
             is_current = generation == self._generation
             if is_current:
@@ -294,6 +319,14 @@ class ModelHost:
                 self._is_pull_wanted = False
             self._changed.notify_all()
         self._on_change(status)
+
+
+def _free_memory() -> None:
+    """Give back what a load that failed took: its error held frames, and those the weights."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _drain(engine: InProcessEngine) -> None:

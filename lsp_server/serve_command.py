@@ -66,9 +66,9 @@ def serve(session: Session, *, open_page: bool = False, as_json: bool = False) -
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, end)
+    follower.start()
     host.start(session)
     listener.start()
-    follower.start()
     _say_where(listener, root, as_json)
     if open_page:
         arguments = (listener.address.local_url, service.token, paths.runtime_file)

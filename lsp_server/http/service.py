@@ -31,6 +31,7 @@ InEditor = Callable[[Operation, str], Awaitable[dict[str, Any] | None]]
 # Ollama's clients ask for at least 0.6.4; the suffix says who answers.
 OLLAMA_VERSION = "0.12.6"
 RELEASED_RETRY_S = 60  # training takes minutes
+_RETRY_AFTER_S: dict[str, int | None] = {"loading": None, "absent": None, "released": RELEASED_RETRY_S}
 
 
 @dataclass(slots=True)
@@ -80,7 +81,6 @@ class Service:
         Raises:
             HttpError: 503: it is not here, or failed.
         """
-        status = self.host.status
         ready = self.engine_now()
         if ready is not None:
             return ready
@@ -90,7 +90,7 @@ class Service:
         except CancelledError:
             raise HttpError(503, "the model is loading", code="loading") from None
         except PlanPatchError as error:
-            retry = None if status.state == "loading" else 0
+            retry = _RETRY_AFTER_S.get(self.host.status.state, 0)
             raise HttpError(503, error.message, code=error.code, hint=error.hint, retry_after_s=retry) from None
         finally:
             is_cancelled.set()
@@ -102,7 +102,7 @@ class Service:
             The engine.
 
         Raises:
-            HttpError: 503: there is no model, or the engine failed; without Retry-After, since waiting helps nobody.
+            HttpError: 503: there is no model now; without Retry-After where it failed, since waiting helps nobody.
         """
         engine, status = self.host.engine_or_none, self.host.status
         if engine is not None:
@@ -111,7 +111,7 @@ class Service:
                 raise HttpError(503, "the engine failed", code="failed", hint="Restart PlanPatch.", retry_after_s=0)
             return engine
         if status.state not in ("off", "loading"):
-            retry = RELEASED_RETRY_S if status.state == "released" else None
+            retry = _RETRY_AFTER_S.get(status.state, 0)
             message = status.message or "there is no model"
             raise HttpError(503, message, code=status.state, hint=status.hint, retry_after_s=retry)
         return None
