@@ -150,15 +150,23 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
     """
     current = session.adapter()
     is_chosen = session.settings.adapter == "auto"
-    taken, others, failed = _wait_until_taken(session, current) if is_chosen else ([], [], {})
+    wanted = str(current) if current else None
+    live = _wait_until_taken(session, wanted) if is_chosen else {}
+    failed = {pid: server.failure for pid, server in live.items() if server.failure}
+    loading = [pid for pid, server in live.items() if server.is_loading]
+    loaded = {pid: server for pid, server in live.items() if pid not in failed and pid not in loading}
+    taken = [pid for pid, server in loaded.items() if server.folder == wanted]
+    others = [pid for pid in loaded if pid not in taken]
     if as_json:
-        known = {"adapter": str(current) if current else BASE, "live_in": taken, "not_taken_by": others}
+        known = {"adapter": wanted or BASE, "live_in": taken, "not_taken_by": others, "loading": loading}
         left = [{"pid": pid, "message": message} for pid, message in failed.items()]
         console.print_json({"ok": True, **known, "failed": left, **facts})
         return
     console.say(f"used from now on: {escape(str(current)) if current else 'the base model'}")
     for pid in taken:
         console.say(f"  the server of process {pid} has taken it")
+    for pid in loading:
+        console.say(f"  the server of process {pid} still loads its model, and takes it then")
     for pid in others:
         console.warn(f"the server of process {pid} has not taken it: it has an adapter of its own, or its log says why")
     for pid, message in failed.items():
@@ -168,28 +176,27 @@ def say_current(session: Session, as_json: bool, **facts: Any) -> None:
         console.say(f"[yellow]but[/] the setting adapter ({escape(source)}) names {escape(session.settings.adapter)}")
 
 
-def _wait_until_taken(session: Session, current: Path | None) -> tuple[list[int], list[int], dict[int, str]]:
-    """Servers that run with the adapter now, those that after a while still do not, and those whose model failed.
+def _wait_until_taken(session: Session, wanted: str | None) -> dict[int, _Live]:
+    """The servers once each has taken the choice, or after a while.
 
-    One that is still loading its model is none of these: it will take what is chosen then. Only one that loads again,
-    since it had failed, is waited for. One whose own setting names an adapter will not take another, and is not.
+    One that loads its model is waited for: it may have failed a moment ago, and fail again. One that failed gets the
+    time to begin anew. One whose own setting names an adapter will not take another.
     """
-    wanted = str(current) if current else None
-    began = time.monotonic()
-    had_failed: set[int] = set()
+    began = loaded_at = time.monotonic()
     while True:
-        live = _live(session)
-        failed = {pid: server.failure for pid, server in live.items() if server.failure}
-        had_failed |= failed.keys()
-        loaded = {pid: server for pid, server in live.items() if not server.failure and not server.is_loading}
-        others = [pid for pid, server in loaded.items() if server.folder != wanted]
-        passed_s = time.monotonic() - began
-        is_loading = any(server.is_loading and pid in had_failed for pid, server in live.items())
-        may_load = bool(failed) and passed_s < _LOADS_AGAIN_WITHIN_S
-        is_over = not is_loading and not may_load and all(loaded[pid].is_fixed for pid in others)
-        if is_over or passed_s > _TAKEN_WITHIN_S:
-            return [pid for pid in loaded if pid not in others], others, failed
+        live, now = _live(session), time.monotonic()
+        if any(server.is_loading for server in live.values()):
+            loaded_at = now
+        is_over = all(_is_settled(server, wanted, now - loaded_at) for server in live.values())
+        if is_over or now - began > _TAKEN_WITHIN_S:
+            return live
         time.sleep(0.2)
+
+
+def _is_settled(server: _Live, wanted: str | None, quiet_s: float) -> bool:
+    if server.failure:
+        return quiet_s >= _LOADS_AGAIN_WITHIN_S
+    return not server.is_loading and (server.is_fixed or server.folder == wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ _STATUSES = {
     413: "Too large",
     415: "The body is compressed",
     422: "A gate refused the patch",
-    503: "The model is loading or absent, or the queue is full; Retry-After says when to come again",
+    503: "There is no model now, or the queue is full; Retry-After, if there, says when to come again",
     504: "Out of tokens or time",
 }
 _schemas: dict[str, Any] = {}

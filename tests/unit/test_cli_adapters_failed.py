@@ -20,6 +20,7 @@ FAILED = {"status": "failed", "message": "The adapter cannot be read", "hint": "
 LOADING = {"status": "loading", "message": "loading the weights", "hint": "", "model_loaded": False}
 BASE = {"status": "ok", "model_loaded": True, "adapter_path": None, "adapter_setting": "auto"}
 OTHER = {**BASE, "adapter_path": "/adapters/house-v1"}
+FIXED = {**OTHER, "adapter_setting": "/adapters/house-v1"}
 RELEASED = {**LOADING, "status": "released"}
 
 
@@ -55,12 +56,17 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *servers: Server) -> S
     [
         ([BASE], [1], [], False, 0),
         ([OTHER, OTHER, BASE], [1], [], False, 0.4),
-        ([LOADING], [], [], False, 0),
+        ([LOADING], [], [], False, 15.0),
+        ([LOADING, LOADING, BASE], [1], [], False, 0.4),
+        ([LOADING, LOADING, FAILED, LOADING, BASE], [1], [], False, 0.8),
+        ([LOADING, LOADING, FAILED], [], [], True, 2.2),
+        ([OTHER], [], [1], False, 15.0),
+        ([FIXED], [], [1], False, 0),
         ([RELEASED], [], [], False, 0),
         ([FAILED, FAILED, LOADING, LOADING, BASE], [1], [], False, 0.8),
-        ([FAILED, LOADING, FAILED], [], [], True, 2.0),
+        ([FAILED, LOADING, FAILED], [], [], True, 2.2),
         ([FAILED], [], [], True, 2.0),
-        ([FAILED, *[LOADING] * 20, FAILED], [], [], True, 4.2),
+        ([FAILED, *[LOADING] * 20, FAILED], [], [], True, 6.0),
         ([FAILED, LOADING], [], [], False, 15.0),
     ],
 )
@@ -78,6 +84,7 @@ def test_a_server_is_waited_for_until_it_has_taken_the_choice_or_failed_again(
     say_current(said(tmp_path, monkeypatch, Server(1, *answers)), True)
     found = json.loads(capsys.readouterr().out)
     assert (found["live_in"], found["not_taken_by"]) == (live, others)
+    assert found["loading"] == ([] if live or others or failed or answers == [RELEASED] else [1])
     message = "The adapter cannot be read. Train it again."
     assert found["failed"] == ([{"pid": 1, "message": message}] if failed else [])
     assert clock[0] == pytest.approx(took_s, abs=0.25)
@@ -87,7 +94,8 @@ def test_a_server_that_is_still_failed_is_named_with_its_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
     """It said that the base model was used from now on, and nothing of the server that answered nobody."""
-    say_current(said(tmp_path, monkeypatch, Server(7, FAILED), Server(8, BASE)), False)
+    say_current(said(tmp_path, monkeypatch, Server(7, FAILED), Server(8, BASE), Server(9, LOADING)), False)
     text = " ".join(capsys.readouterr().err.split())
     assert "used from now on: the base model the server of process 8 has taken it" in text
+    assert "the server of process 9 still loads its model, and takes it then" in text
     assert "the server of process 7 still has no model: The adapter cannot be read. Train it again." in text
