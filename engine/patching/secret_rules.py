@@ -31,6 +31,7 @@ from engine.patching.secret_values import (
     KEYWORD,
     LITERAL,
     entropy,
+    is_opaque,
     is_placeholder,
     is_random,
     is_secret,
@@ -184,7 +185,7 @@ def _private_keys(text: str) -> Iterator[Span]:
 _BASIC = re.compile(r"\bbasic\s{1,8}([A-Za-z0-9+/]{6,2000}={0,2})", re.IGNORECASE)
 _HEADER = re.compile(
     r"\b(?:proxy-)?authorization\\?[\"'`]?\]?\s{0,4}[:=,]\s{0,4}[fF]?\\?[\"'`]?(?:bearer|basic|token|digest|apikey)\s{1,8}"
-    r"([^\s\"'`\\,;]{6,4000})",
+    r"([^\s\"'`\\,;<>]{6,4000})",
     re.IGNORECASE,
 )
 _COOKIE = re.compile(
@@ -302,6 +303,7 @@ def _value_in_text(text: str, keyword: re.Match[str], kind: str, is_name: bool, 
     if given is not None and not is_name:
         value = given["value"].rstrip(".:!?") if given["value"][-1] in ".:" else given["value"]
         may_be_code = not is_code and "\n" in text.strip() and _EXPRESSION.fullmatch(value) is not None
+        may_be_code = may_be_code and not (given["sign"] == ":" and is_opaque(value))
         looks_secret = is_secret(value, keyword[0], is_password=is_password, takes_words=False)
         if not may_be_code and (looks_secret or (given["sign"] == ":" and is_random(value, at_least=6))):
             yield given.start("value"), given.start("value") + len(value), kind

@@ -25,6 +25,7 @@ from engine.patching.secret_values import (
 Span = tuple[int, int, str]
 
 _LITERAL = re.compile(LITERAL, re.DOTALL)
+_OPAQUE = re.compile(r"(?=\D*\d)[\w+/=.-]+")  # an element of `tokens`: no expression of a lexer, no name of a layer
 _SPACE = re.compile(r"(?:\s|\\\n|#[^\n]*\n)*")
 _KEEPS_FIRST = {
     "SecretStr",
@@ -112,7 +113,7 @@ def _is_secret(parts: Sequence[ast.Constant], name: str, *, is_password: bool, i
         is_long = len(str(values[0])) >= MIN_NUMBER_DIGITS
         return is_long and not is_element and bool(_ENDS_WITH_PASSWORD.search(name)) and not _NO_PASSWORD.search(name)
     value = "".join(value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values).strip()
-    if is_element and is_password and GENERIC.search(value):
+    if is_element and (GENERIC.search(value) if is_password else not _OPAQUE.fullmatch(value)):
         return False
     return is_secret(value, name, is_password=is_password, takes_words=not is_element)
 
@@ -183,7 +184,7 @@ def _texts(value: ast.expr) -> Iterator[tuple[list[ast.Constant], bool]]:
             case ast.BinOp(op=ast.Add()):
                 operands = _operands(node)
                 constants = [one for one in operands if isinstance(one, ast.Constant)]
-                if len(constants) == len(operands) and all(isinstance(one.value, str) for one in constants):
+                if len(constants) == len(operands) and all(isinstance(one.value, (str, bytes)) for one in constants):
                     yield constants, is_element
                 else:
                     waiting += ((one, is_element) for one in operands)

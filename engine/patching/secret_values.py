@@ -112,6 +112,18 @@ def is_random(value: str, *, at_least: int = 8) -> bool:
     return bool(re.search(r"\d", value)) or entropy(value) >= 3.5
 
 
+def is_opaque(value: str) -> bool:
+    """Whether a value that could be a name in code is rather a secret: it looks random and has digits.
+
+    Args:
+        value: What stands behind a name and a colon.
+
+    Returns:
+        Whether it is.
+    """
+    return re.search(r"\d", value) is not None and (is_random(value) or _is_short_random(value))
+
+
 def _is_short_random(value: str) -> bool:
     """Whether a few letters and digits make no word: `zqpw41` does not, `utf8` and `name2` do."""
     if not 6 <= len(value) < 12 or not re.fullmatch(r"(?=[a-zA-Z0-9]*\d)(?=[a-zA-Z0-9]*[a-zA-Z])[a-zA-Z0-9]+", value):

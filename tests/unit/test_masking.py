@@ -64,6 +64,10 @@ def test_a_value_found_in_one_text_is_masked_in_those_that_belong_to_it() -> Non
         'tokens = {"if": "IF", "name": "NAME", "1": "NUMBER"}',
         'token = "NUMBER" if text.isdigit() else "name2"',
         'token = kind or "identifier"',
+        'tokens = {"root": [(r"0x[0-9a-f]+", Number.Hex), (r"\\d+[Ee][-+]\\d+i", Number)]}',
+        'tokens = {"embed_tokens": (["input_ids"], ["inputs_embeds"])}',
+        "class A:\n    token: Name2\n    password: str\n  broken",
+        'headers = {"Proxy-Authorization": "Basic <username>:<password>"}',
         'token: str = ""',
         "token: str\napi_key: str",
         "max_tokens = 1024",
@@ -205,6 +209,8 @@ SEEN_BY_SYNTAX = [
     ("api_key: @", "zqpw22yaml"),
     ("user: bob\npassword: @\nport: 99", "zqpw22yaml"),
     ("password: @", "99887766"),
+    ("db:\n  host: a\n  api_key: @\n", "zqpw22yaml"),
+    ('password = b"zqpw" + b"@"', "12"),
     ('key = "@"', "hex 16"),
     ("f(KEY=bytes.fromhex('@'))", "hex 16"),
     ('Then write password = "a" if x else "@"', "zqpw42b"),
@@ -238,8 +244,8 @@ def test_other_ways_to_write_a_secret_down_are_found(text: str, spec: str) -> No
     ["a", "password", "password=", 'password = "', '"', "\\", ":", "://a:", "eyJ", " ", "password ", "token: a, ",
      "-----BEGIN RSA PRIVATE KEY-----\n", "cl_password   ", "sk-", "aws key ", "_", "//a/:_authToken=", "password = (",
      'password = """', "password = '''\n", "password = a or ", "password,", "a, password = ", "x = {'token': ",
-     "key = ", "cookie=a=", "cookie: a=bcdefg;", "authorization: basic ", "basic aaaaaa", "-u a:", "curl -u ", "token: a\n",
-     "password = 'é' + ", "password=a,b,", "password = 'é1b2'; "],
+     "key = ", "cookie=a=", "cookie: a=bcdefg;", "authorization: basic ", "basic aaaaaa", "-u a:", "curl -u ",
+     "token: a\n", "password = 'é' + ", "password=a,b,", "password = 'é1b2'; "],
 )  # fmt: skip
 def test_no_text_takes_long(piece: str) -> None:
     """Expressions that go back over a text again and again took minutes for a line of spaces behind `password`."""
