@@ -26,6 +26,7 @@ Span = tuple[int, int, str]
 
 _LITERAL = re.compile(LITERAL, re.DOTALL)
 _OPAQUE = re.compile(r"(?=\D*\d)[\w+/=.-]+")  # an element of `tokens`: no expression of a lexer, no name of a layer
+_SUFFIX = re.compile(r"\w*")  # `token_2` is a token, `embed_tokens.weight` is none
 _SPACE = re.compile(r"(?:\s|\\\n|#[^\n]*\n)*")
 _KEEPS_FIRST = {
     "SecretStr",
@@ -94,7 +95,7 @@ def values_by_syntax(text: str, tree: ast.Module) -> Iterator[Span]:
     for node in ast.walk(tree):
         for target, value in _named(node):
             name = _name_of(target)
-            keyword = KEYWORD.search(name)
+            keyword = next((one for one in KEYWORD.finditer(name) if _SUFFIX.fullmatch(name, one.end())), None)
             if keyword is None and not names_hex_key(name):
                 continue
             is_password = keyword is not None and keyword["password"] is not None

@@ -65,6 +65,7 @@ def test_a_value_found_in_one_text_is_masked_in_those_that_belong_to_it() -> Non
         'token = "NUMBER" if text.isdigit() else "name2"',
         'token = kind or "identifier"',
         'tokens = {"root": [(r"0x[0-9a-f]+", Number.Hex), (r"\\d+[Ee][-+]\\d+i", Number)]}',
+        'tied = {"encoder.embed_tokens.weight": "lm_head.weight"}',
         'tokens = {"embed_tokens": (["input_ids"], ["inputs_embeds"])}',
         "class A:\n    token: Name2\n    password: str\n  broken",
         'headers = {"Proxy-Authorization": "Basic <username>:<password>"}',
