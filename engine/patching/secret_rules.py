@@ -1,11 +1,13 @@
 """Where secrets are in a text.
 
-Three ways of finding, strongest first:
+Ways of finding, strongest first:
 
 - shapes: the token formats of detect-secrets (its plugins' expressions), and those it lacks;
 - private keys in PEM, also written as string literals, line by line;
+- credentials of a protocol: headers, cookies, `curl -u NAME:PASSWORD`;
 - names: what is assigned to, compared with, said of, or a default of something called password, token, secret, api_key
-  and so on, where the value looks like no word, name, path or placeholder.
+  and so on, where the value looks like no word, name, path or placeholder. `secret_syntax.py` reads the rest of a
+  statement: the second of two values, what is added up, defaults, elements.
 
 Not covered: a secret without a known shape that nothing names (`connect("host", "correct horse")`), one put together
 from pieces, one in a language other than those of the names below, and one that is encoded once more.
@@ -13,18 +15,27 @@ from pieces, one in a language other than those of the names below, and one that
 
 from __future__ import annotations
 
-import ast
+import base64
 import bisect
 import io
-import math
+import itertools
 import re
 import tokenize
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-Span = tuple[int, int, str]
+from engine.patching.secret_syntax import Span, is_config, syntax_of, values_by_syntax
+from engine.patching.secret_values import (
+    GENERIC,
+    KEYWORD,
+    LITERAL,
+    entropy,
+    is_opaque,
+    is_placeholder,
+    is_random,
+    is_secret,
+)
 
 
 def find_secrets(text: str) -> Iterator[Span]:
@@ -39,11 +50,17 @@ def find_secrets(text: str) -> Iterator[Span]:
     for kind, pattern, group in _shapes():
         for match in pattern.finditer(text):
             start, end = _trimmed(text, *match.span(group))
-            if end > start and not _is_placeholder(text[start:end]) and (kind != "API Key" or _is_random(match[0])):
+            if end > start and not is_placeholder(text[start:end]) and (kind != "API Key" or is_random(match[0])):
                 yield start, end, kind
     yield from _private_keys(text)
-    is_code = parses(text)
-    yield from _named_values(text, is_code=is_code)
+    yield from _credentials(text)
+    tree = syntax_of(text)
+    is_code = tree is not None and not is_config(tree)
+    yield from _named_values(text, is_code=is_code, is_config=tree is not None and not is_code)
+    if tree is not None:
+        yield from values_by_syntax(text, tree)
+    else:
+        yield from _values_in_lines(text)
     if not is_code:
         yield from _random_runs(text)
 
@@ -66,12 +83,7 @@ def parses(text: str) -> bool:
     Returns:
         Whether it is.
     """
-    indented = text[:1] in (" ", "\t")
-    try:
-        ast.parse(f"if 1:\n{text}" if indented else text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    return syntax_of(text) is not None
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -168,21 +180,56 @@ def _private_keys(text: str) -> Iterator[Span]:
                 yield run.start(), run.end(), "Private Key"
 
 
+# --- credentials of a protocol ----------------------------------------------------------------------------------------
+
+_BASIC = re.compile(r"\bbasic\s{1,8}([A-Za-z0-9+/]{6,2000}={0,2})", re.IGNORECASE)
+_HEADER = re.compile(
+    r"\b(?:proxy-)?authorization\\?[\"'`]?\]?\s{0,4}[:=,]\s{0,4}[fF]?\\?[\"'`]?(?:bearer|basic|token|digest|apikey)\s{1,8}"
+    r"([^\s\"'`\\,;<>]{6,4000})",
+    re.IGNORECASE,
+)
+_COOKIE = re.compile(
+    r"\b(?:set-)?cookies?\\?[\"'`]?\]?\s{0,4}[:=,(]\s{0,4}[fF]?\\?[\"'`]?(?P<pairs>[\w.-]{1,60}=[^\"'`\n\\]{1,4000})",
+    re.IGNORECASE,
+)
+_COOKIE_PAIR = re.compile(r"(?:\A|;\s{0,4})[\w.-]{1,60}=(?P<value>[^\s;]{6,4000})")
+_USER_OPTION = re.compile(
+    r"(?<![\w-])(?:-u|--user|--proxy-user|-U)(?:[ \t=]{1,4}|\\?[\"'`],\s{0,8})\\?[\"'`]?"
+    r"[^\s:\"'`$\\,]{1,100}:([^\s\"'`\\]{4,200})"
+)
+
+
+def _credentials(text: str) -> Iterator[Span]:
+    """What headers carry, and the password of `curl -u NAME:PASSWORD`."""
+    for match in _BASIC.finditer(text):
+        if _is_name_and_password(match[1]):
+            yield *match.span(1), "Authorization Header"
+    for match in _HEADER.finditer(text):
+        if not is_placeholder(match[1]) and is_random(match[1], at_least=6):
+            yield *match.span(1), "Authorization Header"
+    for match in _COOKIE.finditer(text):
+        for pair in _COOKIE_PAIR.finditer(match["pairs"]):
+            if is_secret(pair["value"], "cookie token", is_password=False):
+                start = match.start("pairs")
+                yield start + pair.start("value"), start + pair.end("value"), "Cookie"
+    for match in _USER_OPTION.finditer(text):
+        is_curl = "curl" in text[max(0, match.start() - 400) : match.start()]
+        is_mixed = is_curl or re.search(r"[A-Za-z]", match[1]) is not None
+        if is_mixed and is_secret(match[1], "password", is_password=True, takes_words=is_curl):
+            yield *match.span(1), "Password"
+
+
+def _is_name_and_password(value: str) -> bool:
+    """Whether base64 holds `name:password`."""
+    try:
+        plain = base64.b64decode(value + "=" * (-len(value) % 4), validate=True).decode("ascii")
+    except ValueError:
+        return False
+    return plain.isprintable() and ":" in plain[:-1]
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
-_PASSWORD = (
-    r"db[_-]?pass(?:word|wd)?|pass(?:word|wd|phrase|code)|(?<=[\"'_])pass(?=[\"'])|pwd"
-    r"|passwort|kennwort|mot_?de_?passe|contrase[nñ]a"
-)
-_TOKEN = (
-    r"secret|token|(?:api|access|auth|account|service|private|client|encryption|signing|master|shared|secret)[ _-]?key"
-    r"|credential|authorization|(?<![A-Za-z])(?:auth|salt|hmac)(?![A-Za-z])"
-)
-_KEYWORD = re.compile(rf"(?P<password>{_PASSWORD})|(?:{_TOKEN})", re.IGNORECASE)
-_LITERAL = (
-    r"[rRbBuUfF]{0,2}(?P<quote>\\?(?:\"\"\"|\'\'\'|[\"'`]))"
-    r"(?P<value>(?:(?!(?P=quote))(?:\\.|[^\\\n])){1,4000})(?P=quote)"
-)
 _CALL = (
     r"(?:(?:\w{1,30}\.){0,2}(?:fromhex|(?:urlsafe_)?b(?:16|32|64|85)decode|SecretStr|SecretBytes|Secret|Fernet|bytes|str)"
     r"\s?\(\s*)"
@@ -190,10 +237,10 @@ _CALL = (
 _AFTER_NAME = re.compile(
     r"(?P<suffix>\w{0,40})(?P<close>\\?[\"'`]?\s{0,4}[\])]?)\s{0,8}"
     r"(?::\s{0,4}[\w.\[\]|, ]{1,60}?\s{0,4}(?==[^=]))?"  # an annotation
-    rf"(?P<sign>=>|:=|[!=]=|=|:|,)\s*(?P<open>[\[(]?)\s*{_CALL}?{_LITERAL}",
+    rf"(?P<sign>=>|:=|[!=]=|=|:|,)\s*(?P<open>[\[(]?)\s*{_CALL}?{LITERAL}",
     re.DOTALL,
 )
-_NEXT_LITERAL = re.compile(rf"(?P<comma>\s*,)?\s*{_LITERAL}(?!\s*:)", re.DOTALL)
+_NEXT_LITERAL = re.compile(rf"(?P<comma>\s*,)?\s*{LITERAL}(?!\s*:)", re.DOTALL)
 _COMPARED = re.compile(r"(?P<quote>[\"'])(?P<value>[^\"'\n]{4,200})(?P=quote)\s{0,8}[!=]=\s*[\w.]{0,60}$")
 _IN_TEXT = re.compile(r"\w{0,40}[ \t]?(?P<sign>[:=])[ \t]?(?P<value>[^\s\"'`,;&<>()\[\]{}\\]{4,300})")
 _SAID = re.compile(
@@ -207,9 +254,9 @@ _RANDOM_RUN = re.compile(r"(?<![\w+/=-])[A-Za-z0-9+/_-]{24,}={0,2}(?![\w+/-])")
 _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*[:.]?|[\d.]+[:.]?|.*[\[\]{}<>|].*")
 
 
-def _named_values(text: str, *, is_code: bool) -> Iterator[Span]:
+def _named_values(text: str, *, is_code: bool, is_config: bool) -> Iterator[Span]:
     texts_in_code = _Quoted(text)
-    for keyword in _KEYWORD.finditer(text):
+    for keyword in KEYWORD.finditer(text):
         is_password = keyword["password"] is not None
         kind = "Password" if is_password else "Named Secret"
         match = _AFTER_NAME.match(text, keyword.end())
@@ -218,9 +265,10 @@ def _named_values(text: str, *, is_code: bool) -> Iterator[Span]:
             yield from _literals(text, match, name, kind)
             continue
         compared = _COMPARED.search(text, max(0, keyword.start() - 200), keyword.start())
-        if compared is not None and _is_secret(compared["value"], keyword[0], is_password=is_password):
+        if compared is not None and is_secret(compared["value"], keyword[0], is_password=is_password):
             yield compared.start("value"), compared.end("value"), kind
-        yield from _value_in_text(text, keyword, kind, is_code and not texts_in_code.holds(keyword.start()), is_code)
+        is_name = is_code and not texts_in_code.holds(keyword.start())
+        yield from _value_in_text(text, keyword, kind, is_name, is_code or is_config)
 
 
 def _literals(text: str, match: re.Match[str], name: str, kind: str) -> Iterator[Span]:
@@ -239,12 +287,13 @@ def _literals(text: str, match: re.Match[str], name: str, kind: str) -> Iterator
             break
     is_pair = name.lower() == "auth" and len(values) == 2  # ("user", "password")
     for number, parts in enumerate(values):
-        value = "".join(part["value"] for part in parts)
+        value = "".join(part["value"] for part in parts).strip()
         is_password = kind == "Password" or (is_pair and number == 1)
-        if _is_secret(value, name, is_password=is_password, takes_words=match["sign"] != "," and not is_pair) and (
-            match["sign"] != "," or not _GENERIC.search(value)
+        if is_secret(value, name, is_password=is_password, takes_words=match["sign"] != "," and not is_pair) and (
+            match["sign"] != "," or not GENERIC.search(value)
         ):
-            yield from ((part.start("value"), part.end("value"), kind) for part in parts)
+            for part in parts:
+                yield (*_trimmed(text, *part.span("value")), kind)
 
 
 def _value_in_text(text: str, keyword: re.Match[str], kind: str, is_name: bool, is_code: bool) -> Iterator[Span]:
@@ -254,13 +303,14 @@ def _value_in_text(text: str, keyword: re.Match[str], kind: str, is_name: bool, 
     if given is not None and not is_name:
         value = given["value"].rstrip(".:!?") if given["value"][-1] in ".:" else given["value"]
         may_be_code = not is_code and "\n" in text.strip() and _EXPRESSION.fullmatch(value) is not None
-        is_secret = _is_secret(value, keyword[0], is_password=is_password, takes_words=False)
-        if not may_be_code and (is_secret or (given["sign"] == ":" and _is_random(value, at_least=6))):
+        may_be_code = may_be_code and not (given["sign"] == ":" and is_opaque(value))
+        looks_secret = is_secret(value, keyword[0], is_password=is_password, takes_words=False)
+        if not may_be_code and (looks_secret or (given["sign"] == ":" and is_random(value, at_least=6))):
             yield given.start("value"), given.start("value") + len(value), kind
         return
     quoted = _QUOTED.match(text, keyword.end())
     if quoted is not None and not is_name:
-        if _is_secret(quoted["value"], keyword[0], is_password=is_password):
+        if is_secret(quoted["value"], keyword[0], is_password=is_password):
             yield quoted.start("value"), quoted.end("value"), kind
         return
     said = _SAID.match(text, keyword.end())
@@ -269,8 +319,28 @@ def _value_in_text(text: str, keyword: re.Match[str], kind: str, is_name: bool, 
     value = said["value"].rstrip(".:!?") if said["value"][-1] in ".:" else said["value"]
     may_be_code = (is_name or (not is_code and "\n" in text.strip())) and _EXPRESSION.fullmatch(value) is not None
     is_said = _SAYS.search(text, keyword.end(), said.start("value")) is not None or (is_password and not is_name)
-    if is_said and not may_be_code and _is_random(value, at_least=6) and not _is_placeholder(value):
+    if is_said and not may_be_code and is_random(value, at_least=6) and not is_placeholder(value):
         yield said.start("value"), said.start("value") + len(value), kind
+
+
+def _values_in_lines(text: str) -> Iterator[Span]:
+    """Statements in what is no Python as a whole: a line of a log, of a plan, of a difference."""
+    for line in re.finditer(r"[^\r\n]{6,2000}", text):
+        names = [*itertools.islice(KEYWORD.finditer(line[0]), _MAX_TRIES), *_KEY_NAME.finditer(line[0])]
+        for name in names[:_MAX_TRIES]:
+            before = re.search(r"(?:[\w.]{1,60},[ \t]?){0,4}[\w.]{0,60}\Z", line[0][: name.start()][-300:])
+            start = line.start() + name.start() - (len(before[0]) if before else 0)
+            statement = text[start : line.end()].rstrip()
+            tree = syntax_of(statement) if _ASSIGNS.search(statement) else None
+            if tree is not None and not is_config(tree):
+                yield from (
+                    (start + first, start + end, kind) for first, end, kind in values_by_syntax(statement, tree)
+                )
+
+
+_MAX_TRIES = 4  # of a line
+_KEY_NAME = re.compile(r"(?<![A-Za-z])key(?=[ \t]?=)", re.IGNORECASE)
+_ASSIGNS = re.compile(r"=[ \t]*[^=\s].*[\"'\d]", re.DOTALL)
 
 
 class _Quoted:
@@ -310,7 +380,7 @@ def _random_runs(text: str) -> Iterator[Span]:
     """In a sentence nothing else looks like a long run of mixed letters and digits; in code much does."""
     for match in _RANDOM_RUN.finditer(text):
         is_mixed = all(re.search(some, match[0]) for some in ("[a-z]", "[A-Z]", r"\d"))
-        if is_mixed and _entropy(match[0]) >= 4 and _is_random(match[0]):
+        if is_mixed and entropy(match[0]) >= 4 and is_random(match[0]):
             is_escape = text[match.start() - 1 : match.start() + 1] in ("\\n", "\\r", "\\t")
             yield match.start() + is_escape, match.end(), "High Entropy String"
 
@@ -318,92 +388,3 @@ def _random_runs(text: str) -> Iterator[Span]:
 def _name_before(text: str, end: int) -> str:
     match = re.search(r"[\w.-]{0,60}\Z", text[max(0, end - 60) : end])
     return match[0] if match else ""
-
-
-# --- what a secret looks like ----------------------------------------------------------------------------------------
-
-_GENERIC = re.compile(
-    r"pass|pwd|secret|token|key|user|name|admin\Z|none|null|true|false|required|string|text|field|hidden|default|value"
-    r"|input|login|auth|email|change|prompt|enter|invalid|missing|error|failed|wrong|incorrect|basic|bearer"
-    r"|plain|hash|bcrypt|digest|encrypt|access|refresh|example|dummy|optional|test|sha|md5|utf|ascii|latin",
-    re.IGNORECASE,
-)
-_PLACEHOLDER = re.compile(
-    r"<[^>]*>?|\$\w+|\$\(.*|[*.:x_#-]+|.*\.\.\..*|.*….*|(?:your|my|some|the|an?|insert|put)[-_ ].*"
-    r"|user(?:name)?|pass(?:word|wd)?|pw|pwd|secret|token|key|none|null|true|false|\[[^\]]*\]|.*MASKED_SECRET.*",
-    re.IGNORECASE | re.DOTALL,
-)
-_FIELD = re.compile(r"\{[^{}]*\}|[{}]|%(?:\(\w+\))?[sdr]|\$\{[^}]*\}")
-_DOTTED = re.compile(r"[A-Za-z_]\w*(?:[./][A-Za-z_]\w*){2,}")  # a module, a class, a path
-_PARTS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_WORD = re.compile(r"[A-Za-z]*\d{0,4}|\d+")
-_LEAST_WORDED = 0.55  # of letters at random a fifth, of words two thirds
-_COMMON_PAIRS = frozenset(
-    re.findall(
-        "..",
-        "thheineranrendatonnthaesstenedtoitoueahiisortiasteetngofaldeselesasiarveraldurroriionemeliiccomaelec"
-        "taceladissutunomnstrnousacilhopectlopochncotlygeidemwishsoadbeabuliepraikefoolcaeettwhowrsimirplamrt"
-        "agayevueuprytyckspsumodomifiigboopodniivgiexosovapdacuquubipifobeyokkswordpa",
-    )
-)
-
-
-def _is_secret(value: str, name: str, *, is_password: bool, takes_words: bool = True) -> bool:
-    """Whether a value that a name stands for is one; a password may be a word, where `takes_words` says so."""
-    if _is_placeholder(value) or value.strip().lower() in ("", name.lower()) or value.count(" ") > 3:
-        return False
-    if not is_password:
-        return _is_random(value)
-    if len(value) < 4 or value.endswith((":", ": ", "?")) or _DOTTED.fullmatch(value):
-        return False
-    if not takes_words and " " in value:
-        return False
-    if re.search(r"\d", value) and not re.fullmatch(r"\d{1,3}|\d+(?:\.\d+)+", value):
-        return True
-    if re.search(r"[^\w\s.,:/-]", value.rstrip("!?.,:")) and " " not in value:
-        return True
-    ends_with_word = re.search(rf"(?:{_PASSWORD})\d?\Z", name, re.IGNORECASE) is not None
-    return takes_words and ends_with_word and len(value) >= 6 and not _GENERIC.search(value)
-
-
-def _is_placeholder(value: str) -> bool:
-    """Whether a value stands for another: `<your key>`, `{token}`, `%s`, `...`; also with words around it."""
-    if _PLACEHOLDER.fullmatch(value.strip()) is not None:
-        return True
-    around = _FIELD.sub("", value)
-    return around != value and not (len(around) >= 12 and _is_random(around))
-
-
-def _is_random(value: str, *, at_least: int = 8) -> bool:
-    """Whether a text looks made by a machine, or chosen to be hard to guess: no words, names, paths or numbers."""
-    if len(value) < at_least or re.search(r"\s", value) or not re.search(r"[A-Za-z]", value):
-        return False
-    if _entropy(value) < 2.3:
-        return False
-    parts = [part for part in _PARTS.split(value) if part]
-    num_signs = len(set(re.findall(r"[^\w\s./:-]", value)))
-    if len(value) >= 20 and num_signs >= 3 and re.search(r"\d", value) and _entropy(value) >= 4:
-        return True
-    if len(re.findall(r"\d[A-Za-z]", value)) >= 2:
-        return True
-    if at_least >= 8 and _share_of_common_pairs(value) >= _LEAST_WORDED:
-        return False
-    if all(_WORD.fullmatch(part) for part in parts):
-        has_digits = any(char.isdigit() for char in value)
-        is_no_word = len(value) >= 12 and _share_of_common_pairs(value) < _LEAST_WORDED
-        if at_least < 8:  # next to a word that says so, a word with a digit is enough
-            return is_no_word or has_digits or bool(re.search(r"[^\w\s./:-]", value))
-        return is_no_word
-    return bool(re.search(r"\d", value)) or _entropy(value) >= 3.5
-
-
-def _share_of_common_pairs(value: str) -> float:
-    """Share of the pairs of letters in a row that are among the commonest of English and of identifiers."""
-    runs = (part.lower() for part in _PARTS.split(value) for part in re.findall(r"[A-Za-z]+", part))
-    pairs = [run[i : i + 2] for run in runs for i in range(len(run) - 1)]
-    return sum(pair in _COMMON_PAIRS for pair in pairs) / len(pairs) if len(pairs) >= 4 else 0.0
-
-
-def _entropy(value: str) -> float:
-    """Shannon entropy in bits a character."""
-    return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
